@@ -1,0 +1,1 @@
+"""fasttrain: trains an image network fast while frozen, pretrained networks teach it what they know."""

@@ -1,0 +1,206 @@
+"""From a recipe to the parts of a run. Every mistake a recipe can hold comes to light here, before anything is written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .device import choose_device, choose_dtype
+from .loaders import Dataset, LoaderSpec, ViewPlan, choose_loader, evaluation, labelled_part, open_dataset, open_loader
+from .loaders.base import EpochLoader
+from .methods import METHODS, Method
+from .models import Target, build_backbone
+from .recipe import Recipe
+from .sources import LiveSources, RecalledSources, SourceNetwork, open_source, recalled
+from .tasks import SingleLabel
+from .transfer import AuxiliaryHead, LinearHead, TransferModule
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    recipe: Recipe
+    device: torch.device
+    dtype: torch.dtype
+    dataset: Dataset
+    open_loader: Callable[[LoaderSpec], EpochLoader]
+    train_spec: LoaderSpec
+    loaders: dict[str, EpochLoader]
+    target: Target
+    task: SingleLabel
+    method: Method
+    networks: list[SourceNetwork]
+    log: list[str]
+
+    def open_sources(self, folder: Path, report: Callable[[str], None]) -> LiveSources | RecalledSources | None:
+        """The sources ready to be asked: None without any, recalled where the recipe allows it, else live.
+
+        Args:
+            folder: of the tables of recalled soft targets.
+            report: takes a line on what is being done, or is not and why.
+        """
+        if not self.networks:
+            return None
+        transfer = self.recipe.transfer
+        live = LiveSources(self.networks, self.dtype)
+        if not recalls(self.recipe):
+            return live
+        drifting = [n.spec.name for n in self.networks if n.spec.batch_norm == "batch"]
+        if drifting:
+            report(f"soft targets are not recalled: {drifting[0]} has batch_norm: batch, which no table can hold")
+            return live
+        gib = table_bytes(self.recipe, len(self.train_spec.index_N), self.dtype) / 2**30
+        if gib > transfer.recall_gib:
+            report(f"soft targets are not recalled: {gib:.1f} GiB is over transfer.recall_gib {transfer.recall_gib:g}")
+            return live
+        return recalled(
+            self.networks,
+            replace(self.train_spec, still=transfer.still),
+            self.open_loader,
+            folder=folder,
+            dtype=self.dtype,
+            device=self.device,
+            report=report,
+        )
+
+
+def build(recipe: Recipe) -> Parts:
+    """Opens data, target and sources of one run.
+
+    Raises:
+        ValueError: with the field, its value and what would be right.
+    """
+    device = choose_device(recipe.run.device)
+    dtype, why = choose_dtype(recipe.run.precision, device)
+    log = [f"device: {device}, {str(dtype).removeprefix('torch.')} ({why})"]
+    dataset = open_data(recipe)
+    train_spec, eval_specs = loader_specs(recipe, dataset)
+    name, why = (recipe.data.loader, "as asked")
+    if name == "auto":
+        name, why = choose_loader(train_spec, device)
+    torch.manual_seed(recipe.run.seed)
+    networks = [open_source(s).to(device) for s in recipe.chosen_sources()]
+    log += [f"source {n.spec.name}: {n.spec.model}, {n.origin}, SHA-256 {n.sha256[:16]}" for n in networks]
+    task = SingleLabel(len(dataset.classes), recipe.optim.label_smoothing)
+    torch.manual_seed(recipe.run.seed)
+    target = build_target(recipe, task.head_size, {n.spec.name: n.spec.classes for n in networks})
+    if recipe.run.channels_last:
+        target = target.to(memory_format=torch.channels_last)
+    method = build_method(recipe, task)
+
+    def opener(spec: LoaderSpec) -> EpochLoader:
+        return open_loader(name, spec, device, recipe.data.workers)
+
+    loaders = {"train": opener(train_spec)} | {split: opener(spec) for split, spec in eval_specs.items()}
+    log += [f"loader: {name} ({why}); {loaders['train'].describe()}"]
+    return Parts(
+        recipe=recipe,
+        device=device,
+        dtype=dtype,
+        dataset=dataset,
+        open_loader=opener,
+        train_spec=train_spec,
+        loaders=loaders,
+        target=target.to(device),
+        task=task,
+        method=method,
+        networks=networks,
+        log=log,
+    )
+
+
+def open_data(recipe: Recipe) -> Dataset:
+    """The recipe's data set, its class count checked against ``target.classes``."""
+    data = recipe.data
+    dataset = open_dataset(data.name, data.root, val_share=data.val_share, verify=data.verify)
+    if recipe.target.classes not in (0, len(dataset.classes)):
+        raise ValueError(f"target.classes: {recipe.target.classes}, but {dataset.name} has {len(dataset.classes)} classes")
+    for split in ("train", "val", "test"):
+        if not len(dataset.splits[split]):
+            raise ValueError(f"data: the {split} split of {dataset.name} is empty; see data.val_share")
+    return dataset
+
+
+def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str, LoaderSpec]]:
+    """What to load for training, and for ``val`` and ``test``."""
+    data = recipe.data
+    index_N = dataset.splits["train"]
+    if data.labelled:
+        index_N = labelled_part(dataset.targets_N, index_N, data.labelled)
+    last = len(index_N) % data.batch
+    if not data.drop_last and last == 1:
+        raise ValueError(
+            f"data.batch: {len(index_N)} images in batches of {data.batch} leave a last batch of 1, which batch "
+            "normalisation cannot use; choose another size, or set data.drop_last"
+        )
+    if data.drop_last and data.batch > len(index_N):
+        raise ValueError(f"data.batch: {data.batch} is more than the {len(index_N)} images, and data.drop_last is set")
+    plan = ViewPlan(data.crop, data.pad, data.min_area, data.centre_share, data.flip, data.views)
+    # recalled sources look at the images once, through a loader of their own
+    still = recipe.transfer.still if recipe.chosen_sources() and not recalls(recipe) else 0
+    train = LoaderSpec(
+        dataset=dataset,
+        index_N=index_N,
+        plan=plan,
+        size=data.size,
+        stored=data.stored,
+        batch=data.batch,
+        seed=recipe.run.seed,
+        view_seed=data.seed,
+        drop_last=data.drop_last,
+        still=still,
+    )
+    evals = {
+        split: LoaderSpec(
+            dataset=dataset,
+            index_N=dataset.splits[split],
+            plan=evaluation(data.centre_share),
+            size=data.size,
+            stored=data.stored,
+            batch=max(data.batch, 250),
+            shuffle=False,
+        )
+        for split in ("val", "test")
+    }
+    return train, evals
+
+
+def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int]) -> Target:
+    """A freshly initialised target with an auxiliary head for each source."""
+    backbone = build_backbone(recipe.target.model)
+    heads: dict[str, AuxiliaryHead] = {}
+    for name, count in source_classes.items():
+        if recipe.transfer.module:
+            heads[name] = TransferModule(
+                backbone.tap_channels, backbone.transfer_width, count, recipe.transfer.combine
+            )
+        else:
+            heads[name] = LinearHead(backbone.feature_dim, count)
+    return Target(backbone, classes, heads)
+
+
+def build_method(recipe: Recipe, task: SingleLabel) -> Method:
+    """The recipe's method.
+
+    Raises:
+        ValueError: unknown, or without the sources it needs.
+    """
+    name = recipe.method.name
+    if name not in METHODS:
+        raise ValueError(f"method.name: no method is called {name!r}; there are {', '.join(METHODS)}")
+    if name != "scratch" and not recipe.chosen_sources():
+        raise ValueError(f"sources: {name} needs at least one; the recipe chooses none")
+    return METHODS[name](task, recipe.transfer)
+
+
+def recalls(recipe: Recipe) -> bool:
+    """Whether the recipe's soft targets are meant to be recalled."""
+    return recipe.transfer.recall and recipe.data.views > 0
+
+
+def table_bytes(recipe: Recipe, samples: int, dtype: torch.dtype) -> int:
+    """Size of the recalled soft targets of all chosen sources."""
+    classes = sum(s.classes for s in recipe.chosen_sources())
+    return recipe.data.views * samples * classes * (4 if dtype == torch.float32 else 2)

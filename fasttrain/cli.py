@@ -1,0 +1,165 @@
+"""The command line: ``fasttrain COMMAND [RECIPE] [--field value ...]``."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib import metadata
+
+USAGE = """\
+usage: fasttrain COMMAND ...
+
+  train RECIPE [--field value ...]       train, or go on where it stopped; RECIPE: a packaged name (demo, smoke, ..) or a YAML file
+  describe [RECIPE] [--field value ...]  what would run: parameters, FLOPs, memory, back ends (--json, --source-classes 1000,365)
+  eval RUN [--split test|val] [--field value ...]
+                                         figures of a run's folder or checkpoint (--json)
+  export RUN --out FILE                  the trained target alone, as an exported program (.pt2)
+  doctor                                 what this machine has, which back end each part uses, and why (--json)
+
+`fasttrain train --help` explains every field.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 2 for a user's mistake (one sentence on stderr), 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if given else 2
+    if given[0] == "--version":
+        print(metadata.version("fasttrain"))
+        return 0
+    command = COMMANDS.get(given[0])
+    try:
+        if command is None:
+            raise ValueError(f"there is no command {given[0]!r}; there are {', '.join(COMMANDS)}")
+        return command(given[1:])
+    except KeyboardInterrupt:
+        print("fasttrain: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except (ValueError, OSError) as error:
+        if os.environ.get("FASTTRAIN_TRACEBACK"):
+            raise
+        print(f"fasttrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _train(given: list[str]) -> int:
+    from rich.console import Console
+
+    from . import compare, recipe, show
+
+    if _asks_help(given):
+        recipe.parser("fasttrain train RECIPE").print_help()
+        return 0
+    name, rest = _name(given)
+    if name is None:
+        raise ValueError("train needs a recipe: a packaged name such as demo, or a YAML file")
+    what = recipe.load(name, rest)
+    console = Console()
+    with show.Watch(what, console, len(compare.jobs_of(what))) as watch:
+        table = compare.run(what, watch)
+    console.print(show.table(table))
+    folder = os.path.join(what.run.dir, what.name)
+    console.print(f"{folder}/report.html, {folder}/table.json", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _describe(given: list[str]) -> int:
+    from . import describe, recipe
+
+    if _asks_help(given):
+        recipe.parser("fasttrain describe [RECIPE] [--json] [--source-classes N,N]").print_help()
+        return 0
+    given, as_json = _flag(given, "--json")
+    given, classes = _option(given, "--source-classes")
+    name, rest = _name(given)
+    content = describe.describe(recipe.load(name, rest), _numbers("--source-classes", classes) if classes else None)
+    print(json.dumps(content, indent=2) if as_json else describe.to_text(content))
+    return 0
+
+
+def _eval(given: list[str]) -> int:
+    from . import inference
+
+    given, as_json = _flag(given, "--json")
+    given, split = _option(given, "--split")
+    name, rest = _name(given)
+    if name is None:
+        raise ValueError("eval needs a run's folder or a checkpoint")
+    content = inference.evaluate_run(name, split or "test", rest)
+    if as_json:
+        print(json.dumps(content, indent=2))
+    else:
+        print(f"{content['checkpoint']}, {content['split']} split, {content['images']} images:")
+        for key, value in content["figures"].items():
+            print(f"  {key.replace('_', ' ')}: {value:.4f}" + ("" if key == "loss" else " %"))
+    return 0
+
+
+def _export(given: list[str]) -> int:
+    from . import inference
+
+    given, out = _option(given, "--out")
+    name, rest = _name(given)
+    if name is None or out is None or rest:
+        raise ValueError("export needs a run's folder or a checkpoint, and --out FILE")
+    print(inference.export(name, out))
+    return 0
+
+
+def _doctor(given: list[str]) -> int:
+    from . import doctor
+
+    given, as_json = _flag(given, "--json")
+    if given:
+        raise ValueError(f"what is {given[0]!r}? doctor takes only --json")
+    content = doctor.examine()
+    print(json.dumps(content, indent=2) if as_json else doctor.to_text(content))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "describe": _describe,
+    "eval": _eval,
+    "export": _export,
+    "doctor": _doctor,
+}
+
+
+def _asks_help(given: list[str]) -> bool:
+    return "-h" in given or "--help" in given
+
+
+def _name(given: list[str]) -> tuple[str | None, list[str]]:
+    """The first argument if it is no option, and the rest."""
+    return (given[0], given[1:]) if given and not given[0].startswith("-") else (None, given)
+
+
+def _flag(given: list[str], name: str) -> tuple[list[str], bool]:
+    return [g for g in given if g != name], name in given
+
+
+def _option(given: list[str], name: str) -> tuple[list[str], str | None]:
+    for i, argument in enumerate(given):
+        if argument.startswith(f"{name}="):
+            return given[:i] + given[i + 1 :], argument.partition("=")[2]
+        if argument == name:
+            if i + 1 == len(given):
+                raise ValueError(f"{name} needs a value")
+            return given[:i] + given[i + 2 :], given[i + 1]
+    return given, None
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: {text!r} is not a list of numbers such as 1000,365") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Runs a recipe: one run, or a row for each entry of ``rows``, each with every seed; then a table of means."""
+
+import fcntl
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import Empty
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+
+from . import report
+from .build import Parts, build
+from .device import choose_device, set_up
+from .files import write_json
+from .log import Watcher
+from .recipe import Recipe, row
+from .trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a row with a seed."""
+
+    row: str
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.row}, seed {self.recipe.run.seed}"
+
+
+def jobs_of(recipe: Recipe) -> list[Job]:
+    """All runs that a recipe asks for, seed by seed, so that rows can be compared early."""
+    root = Path(recipe.run.dir) / recipe.name
+    rows = {name: row(recipe, changes) for name, changes in recipe.rows.items()} or {recipe.name: recipe}
+    single = len(rows) == 1 and recipe.run.seeds == 1 and not recipe.rows
+    out = []
+    for k in range(recipe.run.seeds):
+        for name, its in rows.items():
+            seed = recipe.run.seed + k
+            folder = root / name if recipe.rows else root
+            folder = folder if single else folder / f"seed{seed}"
+            out.append(Job(name, replace(its, run=replace(its.run, seed=seed)), folder))
+    return out
+
+
+def run(recipe: Recipe, watch: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
+    """Trains what is not yet trained, and writes ``table.json`` and ``report.html``.
+
+    Args:
+        recipe: with its rows and seeds.
+        watch: takes a run's label (empty for all of them) and a line of its log.
+
+    Returns:
+        The table: ``{"name", "metric", "rows": [{"method", "sources", "mean", "std", "seeds", "images_per_s", ..}]}``.
+
+    Raises:
+        ValueError: a mistake in the recipe, found before anything is written.
+    """
+    jobs = jobs_of(recipe)
+    root = Path(recipe.run.dir) / recipe.name
+    side_by_side = min(recipe.run.parallel, len(jobs))
+    set_up(recipe.run, choose_device(recipe.run.device))
+    with _locked(root):
+        summaries = _side_by_side(jobs, side_by_side, root, watch) if side_by_side > 1 else _in_turn(jobs, root, watch)
+        table = tabulate(recipe, jobs, summaries, side_by_side)
+        write_json(root / "table.json", table)
+        report.write(root / "report.html", recipe, table, jobs, summaries)
+    return table
+
+
+def tabulate(recipe: Recipe, jobs: list[Job], summaries: list[dict[str, Any]], side_by_side: int) -> dict[str, Any]:
+    """Mean and standard deviation (n - 1) over the seeds, of each row's figures on the test split, in percent."""
+    rows = []
+    metric = summaries[0]["metric"]
+    for name in dict.fromkeys(job.row for job in jobs):
+        mine = [(j, s) for j, s in zip(jobs, summaries, strict=True) if j.row == name]
+        its = mine[0][0].recipe
+        figures = {k: [s["test"][k] for _, s in mine] for k in mine[0][1]["test"]}
+        rows.append(
+            {
+                "name": name,
+                "method": its.method.name,
+                "sources": [s.name for s in its.chosen_sources()],
+                "mean": mean(figures[metric]),
+                "std": stdev(figures[metric]) if len(mine) > 1 else None,
+                "seeds": len(mine),
+                "images_per_s": median(s["images_per_s"] for _, s in mine),
+                "test": {k: {"mean": mean(v), "std": stdev(v) if len(v) > 1 else None} for k, v in figures.items()},
+                "val_mean": mean(s["val"][metric] for _, s in mine),
+            }
+        )
+    out = {"name": recipe.name, "metric": metric, "side_by_side": side_by_side, "rows": rows}
+    return out | {"environment": summaries[0]["environment"]}
+
+
+def _in_turn(jobs: list[Job], root: Path, watch) -> list[dict[str, Any]]:
+    if len(jobs) > 1:  # every row's mistakes come to light before the first is trained
+        kept = [build(j.recipe) for j in _first_of_each_row(jobs)]  # noqa: F841, keeps decoded images for the runs
+    return [_train(job, root, lambda line, job=job: watch(job.label, line)) for job in jobs]
+
+
+def _train(job: Job, root: Path, watch: Watcher) -> dict[str, Any]:
+    parts = build(job.recipe)
+    _KEPT[:] = [parts]  # its decoded images are found again by the next run in this process
+    return Trainer(parts, job.folder, root / "recall", watch).fit()
+
+
+_KEPT: list[Parts] = []
+
+
+def _first_of_each_row(jobs: list[Job]) -> list[Job]:
+    return list({job.row: job for job in reversed(jobs)}.values())[::-1]
+
+
+def _side_by_side(jobs: list[Job], count: int, root: Path, watch) -> list[dict[str, Any]]:
+    """Runs in ``count`` processes. Soft targets are computed before, once, with all threads."""
+    for job in _first_of_each_row(jobs):
+        parts = build(job.recipe)
+        _KEPT[:] = [parts]
+        if not (job.folder / "summary.json").is_file():
+            parts.open_sources(root / "recall", lambda text: watch("", {"kind": "note", "text": text}))
+    _KEPT.clear()
+    context = multiprocessing.get_context("spawn")
+    lines: Any = context.Queue()
+    threads = max(1, torch.get_num_threads() // count)
+    summaries: dict[int, dict[str, Any]] = {}
+    with ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(lines, os.getpid())) as pool:
+        futures = {pool.submit(_train_in_worker, _with_threads(job, threads), root): i for i, job in enumerate(jobs)}
+        try:
+            while len(summaries) < len(jobs):
+                _pass_on(lines, watch)
+                for future in as_completed([f for f, i in futures.items() if i not in summaries and f.done()]):
+                    summaries[futures[future]] = future.result()
+            _pass_on(lines, watch)
+        except BaseException:
+            for process in list(pool._processes.values()):
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [summaries[i] for i in range(len(jobs))]
+
+
+def _with_threads(job: Job, threads: int) -> Job:
+    return replace(job, recipe=replace(job.recipe, run=replace(job.recipe.run, threads=threads)))
+
+
+def _pass_on(lines, watch) -> None:
+    try:
+        while True:
+            watch(*lines.get(timeout=0.2))
+    except Empty:
+        return
+
+
+_LINES: Any = None
+
+
+def _start_worker(lines, parent: int) -> None:
+    """Takes the queue for the log's lines, and ends this process if the one that started it dies."""
+    import ctypes
+    import signal
+
+    global _LINES
+    _LINES = lines
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _train_in_worker(job: Job, root: Path) -> dict[str, Any]:
+    set_up(job.recipe.run, choose_device(job.recipe.run.device))
+    return _train(job, root, lambda line: _LINES.put((job.label, line)))
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Keeps a second process out of a run's folder; the lock goes with the process, however it ends."""
+    path = root.parent / f".{root.name}.lock"
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise ValueError(f"run.dir: cannot write to {root.parent} ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is training in {root}; choose another --name or --run.dir") from None
+        yield

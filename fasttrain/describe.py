@@ -1,0 +1,104 @@
+"""What a recipe would run: sizes and back ends, without training and without any source's weights."""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import kernels
+from .build import build_target, loader_specs, open_data, recalls, table_bytes
+from .device import choose_device, choose_dtype
+from .loaders import choose_loader
+from .recipe import Recipe
+from .sources.network import build_network
+
+
+def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[str, Any]:
+    """Parameters, FLOPs, memory and back ends.
+
+    Args:
+        recipe: what would be trained.
+        source_classes: describe a target with auxiliary heads for sources of these class counts, instead of the
+            recipe's sources; data and sources are then not opened.
+
+    Raises:
+        ValueError: a mistake in the recipe.
+    """
+    device = choose_device(recipe.run.device)
+    dtype, why = choose_dtype(recipe.run.precision, device)
+    content: dict[str, Any] = {"name": recipe.name, "device": str(device)}
+    content["precision"] = f"{str(dtype).removeprefix('torch.')} ({why})"
+    sources = {s.name: s.classes for s in recipe.chosen_sources()}
+    if source_classes is not None:
+        sources = {f"source{i + 1}": c for i, c in enumerate(source_classes)}
+    classes = recipe.target.classes
+    if not (classes and source_classes is not None):
+        dataset = open_data(recipe)
+        classes = len(dataset.classes)
+        spec, evals = loader_specs(recipe, dataset)
+        name, why = (recipe.data.loader, "as asked") if recipe.data.loader != "auto" else choose_loader(spec, device)
+        content["loader"] = f"{name} ({why})"
+        content["images"] = {"train": len(spec.index_N)} | {k: len(s.index_N) for k, s in evals.items()}
+        if recalls(recipe) and sources:
+            content["recalled_soft_targets_bytes"] = table_bytes(recipe, len(spec.index_N), dtype)
+    with torch.device("meta"):
+        target = build_target(recipe, classes, sources)
+    every = sum(p.numel() for p in target.parameters())
+    alone = every - sum(p.numel() for p in target.aux_heads.parameters())
+    content["parameters"] = {"target": alone, "training": every}
+    content["flops_per_image"] = {"target_training": _training_flops(target, recipe.data.size, bool(sources))}
+    content["activation_bytes_per_image"] = _activation_bytes(target, recipe.data.size, dtype)
+    if source_classes is None:
+        content["flops_per_image"] |= {s.name: _source_flops(s) for s in recipe.chosen_sources()}
+    content["kernels"] = "{} ({})".format(*kernels.implementation(device.type))
+    return content
+
+
+def to_text(content: dict[str, Any]) -> str:
+    """For people."""
+    lines = [f"{content['name']}: on {content['device']}, {content['precision']}"]
+    parameters = content["parameters"]
+    lines.append(f"parameters: {parameters['target']:,} of the target alone, {parameters['training']:,} in training")
+    for name, flops in content["flops_per_image"].items():
+        what = "target, forward and backward" if name == "target_training" else f"source {name}, forward"
+        lines.append(f"{what}: {flops / 1e9:.3f} GFLOP an image")
+    lines.append(f"activations: {content['activation_bytes_per_image'] / 2**20:.1f} MiB an image")
+    if "images" in content:
+        lines.append("images: " + ", ".join(f"{n:,} {split}" for split, n in content["images"].items()))
+        lines.append(f"loader: {content['loader']}")
+    if "recalled_soft_targets_bytes" in content:
+        lines.append(f"recalled soft targets: {content['recalled_soft_targets_bytes'] / 2**20:.1f} MiB")
+    lines.append(f"soft-target losses: {content['kernels']}")
+    return "\n".join(lines)
+
+
+def _training_flops(target: torch.nn.Module, size: int, aux: bool) -> int:
+    """2 FLOPs a multiply-add, forward and backward, of one image."""
+    with FlopCounterMode(display=False) as counter:
+        output = target(torch.empty(2, 3, size, size, device="meta"), aux=aux)
+        loss = output.logits_BK.sum() + (output.aux_logits_BC.sum() if output.aux_logits_BC is not None else 0)
+        loss.backward()
+    return counter.get_total_flops() // 2
+
+
+def _activation_bytes(target: torch.nn.Module, size: int, dtype: torch.dtype) -> int:
+    """What autograd keeps for the backward pass, without weights, if all of it is in ``dtype``."""
+    parameters = {id(p) for p in target.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in parameters:
+            kept[id(tensor.untyped_storage())] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = target(torch.empty(2, 3, size, size, device="meta"), aux=True)  # noqa: F841, keeps the graph alive
+    return sum(kept.values()) // 2 * torch.empty(0, dtype=dtype).element_size()
+
+
+def _source_flops(spec) -> int:
+    with torch.device("meta"):
+        network = build_network(spec).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(2, 3, spec.size, spec.size, device="meta"))
+    return counter.get_total_flops() // 2

@@ -1,0 +1,60 @@
+"""What this machine has, which back end each part uses, and why."""
+
+import importlib
+import os
+from typing import Any
+
+import torch
+
+from . import kernels
+from .device import choose_device, choose_dtype, cpu_name
+from .environment import versions
+
+OPTIONAL = {
+    "ffcv": ("ffcv", "image loader on the CPU; make test builds it, or pip install 'fasttrain[ffcv]'"),
+    "dali": ("nvidia.dali", "image loader on the GPU"),
+    "decord": ("decord", "video decoder; package decord2"),
+    "triton": ("triton", "fused kernels"),
+    "apex": ("apex.optimizers", "FusedSGD; from NVIDIA's source only, PyPI's apex is something else"),
+    "elpv": ("elpv_dataset", "the demo's photographs; make demo installs them"),
+}
+
+
+def available(part: str) -> tuple[bool, str]:
+    """Whether an optional part can be imported here, and if not, why."""
+    module, purpose = OPTIONAL[part]
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken installation can raise anything
+        return False, f"{type(error).__name__}: {' '.join(str(error).split())[:160]} ({purpose})"
+    return True, purpose
+
+
+def examine() -> dict[str, Any]:
+    """Machine, versions, choices and optional parts."""
+    device = choose_device("auto")
+    dtype, why = choose_dtype("auto", device)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    kernel, kernel_why = kernels.implementation(device.type)
+    return {
+        "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpu": gpus},
+        "versions": versions(),
+        "uses": {
+            "device": f"{device} ({', '.join(gpus) if gpus else 'no CUDA device here'})",
+            "precision": f"{str(dtype).removeprefix('torch.')} ({why})",
+            "loader": "resident where the decoded images fit into a quarter of the memory, else torch (DataLoader)",
+            "soft-target losses": f"{kernel} ({kernel_why})",
+            "optimiser": "torch.optim.SGD(fused=True)",
+        },
+        "optional": {part: dict(zip(("works", "note"), available(part), strict=True)) for part in OPTIONAL},
+    }
+
+
+def to_text(content: dict[str, Any]) -> str:
+    """For people."""
+    machine = content["machine"]
+    lines = [f"{machine['cpu']}, {machine['cores']} cores, {', '.join(machine['gpu']) or 'no GPU'}"]
+    lines.append(", ".join(f"{k} {v}" for k, v in content["versions"].items()))
+    lines += [f"{part}: {text}" for part, text in content["uses"].items()]
+    lines += [f"{part}: {'here' if d['works'] else 'NOT HERE'}; {d['note']}" for part, d in content["optional"].items()]
+    return "\n".join(lines)

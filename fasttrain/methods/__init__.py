@@ -1,0 +1,23 @@
+"""Methods: they turn what the target says, labels and soft labels into one loss. A new one is a file and a line here."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from fasttrain.models.target import TargetOutput
+from fasttrain.sources import SoftTargets
+
+from .scratch import Scratch
+from .sskt import Sskt
+
+METHODS = {"scratch": Scratch, "sskt": Sskt}
+
+__all__ = ["METHODS", "Method", "Scratch", "Sskt"]
+
+
+class Method(Protocol):
+    """Loss of one step."""
+
+    def step(self, output: TargetOutput, targets_B: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:
+        """Returns ``loss`` (the scalar to differentiate), ``primary``, and ``aux/<source>`` of each source."""
+        ...

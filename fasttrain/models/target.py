@@ -1,0 +1,56 @@
+"""The network being trained: a backbone, the task's head, and an auxiliary head for each source."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.transfer import AuxiliaryHead
+
+from .backbone import Backbone
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What a target says of a batch.
+
+    Attributes:
+        logits_BK: of the task, K classes.
+        aux_logits_BC: guesses of the sources' logits, side by side in the order of the heads; None without heads or
+            where they were not asked for.
+    """
+
+    logits_BK: Tensor
+    aux_logits_BC: Tensor | None
+
+
+class Target(nn.Module):
+    """SSKT's multi-task network h_t (Fig. 3).
+
+    Args:
+        backbone: with taps.
+        classes: of the task.
+        heads: auxiliary head of each source, by the source's name; empty for training without transfer.
+    """
+
+    def __init__(self, backbone: Backbone, classes: int, heads: Mapping[str, AuxiliaryHead]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.feature_dim, classes)
+        nn.init.kaiming_normal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.aux_heads = nn.ModuleDict(heads)
+
+    @property
+    def classes(self) -> int:
+        return self.head.out_features
+
+    def forward(self, pixel_BCHW: Tensor, aux: bool = False) -> TargetOutput:
+        """Normalised pixels [B, 3, H, W] -> the task's logits; with ``aux`` the auxiliary heads run too."""
+        taps = self.backbone(pixel_BCHW)
+        feature_BD = self.backbone.pool(taps[-1])
+        aux_logits_BC = None
+        if aux and self.aux_heads:
+            aux_logits_BC = torch.cat([head(taps, feature_BD) for head in self.aux_heads.values()], dim=1)
+        return TargetOutput(self.head(feature_BD), aux_logits_BC)

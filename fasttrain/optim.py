@@ -1,0 +1,92 @@
+"""The optimiser, the learning rate as a function of the step, and the moving average of the weights."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .recipe import Optim
+
+
+def build_optimiser(spec: Optim, network: nn.Module) -> torch.optim.SGD:
+    """Fused SGD over all parameters; its learning rate is set before every step."""
+    return torch.optim.SGD(
+        network.parameters(),
+        lr=spec.lr,
+        momentum=spec.momentum,
+        dampening=spec.dampening,
+        weight_decay=spec.weight_decay,
+        nesterov=spec.nesterov,
+        fused=True,
+    )
+
+
+def build_average(spec: Optim, network: nn.Module) -> AveragedModel | None:
+    """An exponential moving average of weights and batch-norm statistics, or None where the recipe has none."""
+    if not spec.ema:
+        return None
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(spec.ema), use_buffers=True)
+
+
+class Schedule:
+    """Learning rate of a step: a pure function of the step, but for ``plateau``, which also hears of validation.
+
+    Args:
+        spec: of the optimiser.
+        steps_per_epoch: in batches.
+    """
+
+    def __init__(self, spec: Optim, steps_per_epoch: int) -> None:
+        self.spec, self.steps_per_epoch = spec, steps_per_epoch
+        self.steps = spec.epochs * steps_per_epoch
+        self._best, self._waited, self._drops = math.inf, 0, 0
+
+    def lr(self, step: int) -> float:
+        """Of step 0, 1, .. (the one to be taken)."""
+        spec = self.spec
+        warmup = spec.warmup_epochs * self.steps_per_epoch
+        rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        epoch = step // self.steps_per_epoch
+        if spec.schedule == "step":
+            factor = spec.gamma ** sum(epoch >= m for m in spec.milestones)
+        elif spec.schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup) / max(1.0, self.steps - warmup)))
+        elif spec.schedule == "onecycle":
+            factor = one_cycle(step, self.steps)
+        elif spec.schedule == "plateau":
+            factor = spec.gamma**self._drops
+        else:
+            factor = 1.0
+        return spec.lr * rise * factor
+
+    def heard(self, val_loss: float) -> None:
+        """Tells ``plateau`` of a validation loss; torch's ReduceLROnPlateau with its default threshold."""
+        if val_loss < self._best * (1 - 1e-4):
+            self._best, self._waited = val_loss, 0
+            return
+        self._waited += 1
+        if self._waited > self.spec.patience:
+            self._drops, self._waited = self._drops + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "waited": self._waited, "drops": self._drops}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._best, self._waited, self._drops = state["best"], state["waited"], state["drops"]
+
+
+def one_cycle(step: int, steps: int) -> float:
+    """Factor of the peak: from 1/25 up over the first 30 % of the steps, then down to 1/250,000, both along a cosine.
+
+    Source: Smith and Topin 2018, in the two-phase form of torch's OneCycleLR, but with the momentum left alone.
+    """
+    start, low, top = 1 / 25, 1 / 25 / 1e4, 0.3 * steps - 1
+
+    def cosine(a: float, b: float, share: float) -> float:
+        return b + (a - b) / 2 * (1 + math.cos(math.pi * share))
+
+    if step <= top:
+        return cosine(start, 1.0, step / max(top, 1e-9))
+    return cosine(1.0, low, (step - top) / max(steps - 1 - top, 1e-9))

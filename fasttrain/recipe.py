@@ -1,0 +1,409 @@
+"""The recipe: one experiment, typed. Dataclasses <-> YAML <-> command line; a field's docstring is its help text."""
+
+import difflib
+import re
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_PACKAGED = resources.files("fasttrain") / "recipes"
+
+
+@dataclass
+class Data:
+    """What is learned from."""
+
+    name: str = "toy"
+    """Data set: elpv, folder (an ImageFolder tree), cifar10, cifar100, stl10, fashion_mnist, toy."""
+    root: str | None = None
+    """Folder that holds it."""
+    labelled: int = 0
+    """Labelled training images to use, classes in proportion; 0 for all."""
+    val_share: float = 0.1
+    """Share of the training images held out for validation, where the data set has no such split of its own."""
+    verify: bool = True
+    """Compare the files with the published checksums, where there are some."""
+    loader: str = "auto"
+    """resident (the set as uint8 on the device), torch (DataLoader, decodes files), or auto; all serve the same."""
+    workers: int = 4
+    """Processes of the torch loader; 0 decodes in the training process."""
+    size: int = 32
+    """Side in pixels of the images that the target sees."""
+    stored: int = 0
+    """Side in pixels to which the images' centre squares are brought before any view; 0 leaves them as they are."""
+    batch: int = 128
+    """Images a step, over all devices."""
+    drop_last: bool = False
+    """Leave out an epoch's last batch if it is not full."""
+    crop: Literal["pad", "random_resized", "centre"] = "pad"
+    """Training view: a window shifted by up to `pad` pixels, a random-resized crop, or always the centre."""
+    pad: int = 4
+    """Largest shift of crop: pad, in pixels of the stored image."""
+    min_area: float = 0.08
+    """Smallest share of the image that crop: random_resized takes."""
+    centre_share: float = 1.0
+    """Evaluation view: side of the centre square, as a share of the shorter side (0.875 is 224 of 256)."""
+    mean: list[float] = field(default_factory=lambda: [123.675, 116.28, 103.53])
+    """Mean of the target's input, each channel, for pixels of 0 to 255 (default: ImageNet's)."""
+    std: list[float] = field(default_factory=lambda: [58.395, 57.12, 57.375])
+    """Standard deviation of the target's input, likewise."""
+    flip: Literal["none", "horizontal", "both"] = "horizontal"
+    """Mirror training views left-right, in both directions independently, or not."""
+    views: int = 0
+    """Cycle through K views a sample (view = epoch mod K), so that soft targets can be recalled; 0: always new ones."""
+    seed: int = 0
+    """Of the views. It is not run.seed: runs of several seeds see the same views, and share recalled soft targets."""
+
+
+@dataclass
+class Target:
+    """The network being trained."""
+
+    model: str = "resnet20"
+    """Backbone: resnet20, resnet32, resnet44 (CIFAR style)."""
+    classes: int = 0
+    """Classes of the task; 0 for those of the data set."""
+
+
+@dataclass
+class Source:
+    """A frozen network that gives soft labels."""
+
+    name: str
+    """What to call it."""
+    model: str
+    """Network: timm:NAME or torchvision:NAME, or NAME alone (timm's first, then torchvision's)."""
+    weights: str = "default"
+    """Weights: a file, package:MODULE (an installed package that holds one), random, or what the library offers:
+    default or one of its names, such as IMAGENET1K_V1."""
+    sha256: str = ""
+    """SHA-256 of the weights (or its first digits), to insist on; empty records it."""
+    classes: int = 1000
+    """Its classes."""
+    size: int = 224
+    """Side in pixels of its input."""
+    mean: list[float] = field(default_factory=lambda: [123.675, 116.28, 103.53])
+    """Mean of its input, each channel, for pixels of 0 to 255 (default: ImageNet's)."""
+    std: list[float] = field(default_factory=lambda: [58.395, 57.12, 57.375])
+    """Standard deviation of its input, likewise."""
+    batch_norm: Literal["eval", "batch"] = "eval"
+    """eval: frozen statistics. batch: those of the batch, drifting, as the published code leaves its sources; a soft
+    label then depends on the batch, so it is never recalled."""
+
+
+@dataclass
+class Transfer:
+    """How the sources teach."""
+
+    sources: list[str] | None = None
+    """Which of the recipe's sources to use, by name; null for all."""
+    loss: Literal["ce", "kd"] = "ce"
+    """Auxiliary loss: soft cross entropy, or KL divergence (the same gradient)."""
+    temperature: float = 1.0
+    """T, which softens both sides; the loss is multiplied by T squared."""
+    alpha: float = 1.0
+    """Weight of the auxiliary losses beside the task's."""
+    kd_reduction: Literal["batchmean", "mean"] = "batchmean"
+    """mean divides by the source's class count as well, as the published code does: the transfer all but vanishes."""
+    module: bool = False
+    """Auxiliary heads with the paper's transfer module (bottlenecks on every stage) instead of a linear layer."""
+    combine: Literal["sum", "mean"] = "sum"
+    """The transfer module's branches: summed (the paper) or averaged (the published code)."""
+    still: int = 0
+    """Show the sources the same view cut from the image at this side in pixels; 0 enlarges what the target sees."""
+    recall: bool = True
+    """With data.views, compute each view's soft label once and recall it; without, sources run at every step."""
+    recall_gib: float = 4.0
+    """Memory for recalled soft targets, in GiB; a larger table makes the sources run at every step, and says so."""
+
+
+@dataclass
+class Method:
+    """How target, labels and soft labels become a loss."""
+
+    name: str = "sskt"
+    """scratch (labels only) or sskt."""
+
+
+@dataclass
+class Optim:
+    """Stochastic gradient descent."""
+
+    epochs: int = 200
+    """Passes over the training images."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
+    dampening: float = 0.0
+    """Dampening of the momentum."""
+    weight_decay: float = 5e-4
+    """Weight decay, on all parameters (as in the paper's code)."""
+    schedule: Literal["step", "cosine", "onecycle", "plateau", "constant"] = "step"
+    """step: times gamma at each of milestones. cosine: to 0. onecycle: up over 30 % of the run, then to 0.
+    plateau: times gamma after `patience` evaluations without a better validation loss."""
+    milestones: list[int] = field(default_factory=lambda: [60, 120, 160, 200])
+    """Epochs of schedule: step."""
+    gamma: float = 0.2
+    """Factor of schedules step and plateau."""
+    patience: int = 10
+    """Evaluations to wait, for schedule: plateau."""
+    warmup_epochs: float = 0.0
+    """Rise linearly from 0 over this many epochs first."""
+    label_smoothing: float = 0.0
+    """Share of the task's label spread over all classes."""
+    clip_norm: float = 0.0
+    """Scale gradients down to this norm; 0 for never."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then what is evaluated; 0 for none."""
+
+
+@dataclass
+class Run:
+    """Where and how it runs."""
+
+    dir: str = "runs"
+    """Folder of all runs; this one's is DIR/NAME."""
+    seed: int = 0
+    """Of initialisation and order."""
+    seeds: int = 1
+    """Repeat with this many seeds (seed, seed + 1, ..), and report mean and standard deviation."""
+    parallel: int = 1
+    """Train this many runs of seeds and rows side by side, each in a process of its own, CPU threads shared out."""
+    device: str = "auto"
+    """cuda, cuda:N, cpu, or auto."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the arithmetic under autocast; auto: bf16 where the device computes in it, else fp16 (GPU) or fp32 (CPU)."""
+    channels_last: bool = True
+    """Keep activations and weights in NHWC order."""
+    compile: bool = False
+    """torch.compile the target: slow to start, faster steps on a GPU."""
+    threads: int = 0
+    """CPU threads; 0 for all cores (shared out between parallel runs)."""
+    eval_every: int = 1
+    """Epochs between evaluations on the validation split; the last epoch is always evaluated."""
+    select: Literal["best", "last"] = "best"
+    """Which epoch's weights are tested, once, at the end: the best on the validation split, or the last."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints within an epoch; 0 for only at epochs' ends."""
+    log_every: int = 50
+    """Steps between lines in metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+
+@dataclass
+class Recipe:
+    """One experiment."""
+
+    name: str = "run"
+    """What to call it; a YAML file's own name if it does not say."""
+    data: Data = field(default_factory=Data)
+    target: Target = field(default_factory=Target)
+    sources: list[Source] = field(default_factory=list)
+    """The frozen networks at hand."""
+    transfer: Transfer = field(default_factory=Transfer)
+    method: Method = field(default_factory=Method)
+    optim: Optim = field(default_factory=Optim)
+    run: Run = field(default_factory=Run)
+    rows: dict[str, dict] = field(default_factory=dict)
+    """Rows of a comparison: name -> fields that differ from this recipe. Each is trained with every seed."""
+
+    def chosen_sources(self) -> list[Source]:
+        """The sources in use, in the order that ``transfer.sources`` names them; none for ``scratch``."""
+        by_name = {s.name: s for s in self.sources}
+        names = self.transfer.sources if self.transfer.sources is not None else list(by_name)
+        for name in names:
+            if name not in by_name:
+                raise ValueError(f"transfer.sources: no source is called {name!r}; the recipe has {sorted(by_name)}")
+        return [] if self.method.name == "scratch" else [by_name[n] for n in names]
+
+
+def parser(prog: str) -> ArgumentParser:
+    """A command-line parser with an option for every field of the recipe."""
+    out = ArgumentParser(prog=prog, exit_on_error=False, description=None)
+    out.add_argument("--config", action="config", help="a YAML file with fields to set, before those that follow")
+    out.add_class_arguments(Recipe)
+    return out
+
+
+def recipe_path(name: str) -> Path:
+    """The YAML file of a packaged recipe's name, or of a path.
+
+    Raises:
+        ValueError: neither.
+    """
+    if Path(name).suffix in (".yaml", ".yml"):
+        if not Path(name).is_file():
+            raise ValueError(f"there is no recipe file {name}")
+        return Path(name)
+    path = Path(str(_PACKAGED / f"{name}.yaml"))
+    if not path.is_file():
+        known = sorted(p.name.removesuffix(".yaml") for p in _PACKAGED.iterdir() if p.name.endswith(".yaml"))
+        raise ValueError(f"no packaged recipe is called {name!r}; there are {', '.join(known)}, or give a .yaml file")
+    return path
+
+
+def load(name: str | None = None, overrides: list[str] | tuple[str, ...] = (), prog: str = "fasttrain") -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        name: a packaged recipe's name, a YAML file, or None for the defaults.
+        overrides: further fields as on the command line, such as ``["--optim.lr", "0.05"]``.
+        prog: the command's name, for its help.
+
+    Raises:
+        ValueError: no such recipe, a field that does not exist, a value of the wrong type.
+    """
+    reader = parser(prog)
+    given: list[str] = []
+    if name is not None:
+        path = recipe_path(name)
+        text = path.read_text()
+        try:
+            content = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds no fields")
+        _no_unknown(content, Recipe, "")
+        given += ["--config", str(path)]
+        if "name" not in content:
+            given += ["--name", path.stem]
+    try:
+        recipe = reader.instantiate(reader.parse_args([*given, *_aliases(overrides)]))
+    except ArgumentError as error:
+        raise ValueError(_sentence(str(error))) from None
+    out = Recipe(**{f.name: getattr(recipe, f.name) for f in fields(Recipe)})
+    _check(out)
+    return out
+
+
+def row(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """A recipe with some fields changed (nested, as in ``rows``), and no rows of its own."""
+    _no_unknown(changes, Recipe, "rows.")
+    content = asdict(recipe)
+    _merge(content, changes)
+    content["rows"] = {}
+    return from_dict(content)
+
+
+def from_dict(content: dict[str, Any]) -> Recipe:
+    """A recipe from nested fields, checked like one from a file."""
+    reader = parser("fasttrain")
+    try:
+        made = reader.instantiate(reader.parse_object(content))
+    except ArgumentError as error:
+        raise ValueError(_sentence(str(error))) from None
+    out = Recipe(**{f.name: getattr(made, f.name) for f in fields(Recipe)})
+    _check(out)
+    return out
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Every field, re-runnable."""
+    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _check(recipe: Recipe) -> None:
+    """What types alone do not say."""
+    r = recipe
+    positive = {"data.size": r.data.size, "data.batch": r.data.batch, "optim.epochs": r.optim.epochs}
+    positive |= {"run.seeds": r.run.seeds, "run.eval_every": r.run.eval_every, "run.parallel": r.run.parallel}
+    positive |= {"run.checkpoint_every": r.run.checkpoint_every, "run.log_every": r.run.log_every}
+    positive |= {"transfer.temperature": r.transfer.temperature}
+    not_negative = {"data.views": r.data.views, "data.pad": r.data.pad, "data.stored": r.data.stored}
+    not_negative |= {"data.seed": r.data.seed, "run.seed": r.run.seed, "data.workers": r.data.workers}
+    not_negative |= {"data.labelled": r.data.labelled, "optim.lr": r.optim.lr, "transfer.alpha": r.transfer.alpha}
+    not_negative |= {"transfer.still": r.transfer.still, "target.classes": r.target.classes}
+    not_negative |= {"optim.weight_decay": r.optim.weight_decay, "optim.warmup_epochs": r.optim.warmup_epochs}
+    not_negative |= {"optim.clip_norm": r.optim.clip_norm, "run.checkpoint_steps": r.run.checkpoint_steps}
+    shares = {"optim.ema": r.optim.ema, "optim.label_smoothing": r.optim.label_smoothing, "data.val_share": r.data.val_share}
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name}: {value} is not above 0")
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise ValueError(f"{name}: {value} is below 0")
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}: {value} is not in [0, 1)")
+    for name, value in {"data.min_area": r.data.min_area, "data.centre_share": r.data.centre_share}.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"{name}: {value} is not in (0, 1]")
+    if not re.fullmatch(r"[\w.+-][\w.+ -]*", r.name):
+        raise ValueError(f"name: {r.name!r} cannot be a folder's name: use letters, digits, '.', '_', '+' and '-'")
+    names = [s.name for s in r.sources]
+    if len(set(names)) < len(names) or not all(re.fullmatch(r"[A-Za-z_][\w-]*", n) for n in names):
+        raise ValueError(f"sources: names must differ and hold letters, digits, '_' and '-' only, not {names}")
+    for source in r.sources:
+        if len(source.mean) != 3 or len(source.std) != 3 or min(source.std) <= 0:
+            raise ValueError(f"sources: {source.name} needs three values of mean and three of std above 0")
+    for name in r.rows:
+        if not re.fullmatch(r"[\w.+-][\w.+ -]*", name):
+            raise ValueError(f"rows: {name!r} cannot be a folder's name: use letters, digits, ' ', '.', '_', '+', '-'")
+
+
+def _aliases(overrides) -> list[str]:
+    """``--seeds`` is short for ``--run.seeds``."""
+    return [re.sub(r"^--seeds(?==|$)", "--run.seeds", o) for o in overrides]
+
+
+def _no_unknown(content: dict, spec: type, prefix: str) -> None:
+    known = {f.name: f for f in fields(spec)}
+    for key, value in content.items():
+        if key not in known:
+            raise ValueError(_unknown(f"{prefix}{key}", [f"{prefix}{k}" for k in known]))
+        default = known[key].default_factory
+        if is_dataclass(default) and isinstance(default, type) and isinstance(value, dict):
+            _no_unknown(value, default, f"{prefix}{key}.")
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"there is no field {name}" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}")
+
+
+def all_fields() -> list[str]:
+    """Every field as the command line names it, such as ``optim.lr``."""
+    out = []
+    for f in fields(Recipe):
+        spec = f.default_factory
+        if is_dataclass(spec) and isinstance(spec, type):
+            out += [f"{f.name}.{g.name}" for g in fields(spec)]
+        else:
+            out.append(f.name)
+    return out
+
+
+def _sentence(message: str) -> str:
+    """The parser's message in one line that names field, value and what would be right."""
+    text = " ".join(message.split())
+    found = re.match(r"unrecognized arguments: --([\w.-]+)", text)
+    if found:
+        return _unknown(found[1], all_fields())
+    found = re.match(r"unrecognized arguments: (.*)", text)
+    if found:
+        return f"what is {found[1]!r}? Fields are set as --field value"
+    text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
+    text = re.sub(r"Problem with given class_path '[^']*': ", "", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text)
+    return text.replace("typing.Literal", "one of ").replace("Expected a one of", "expected one of")
+
+
+def _merge(content: dict, changes: dict) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            _merge(content[key], value)
+        else:
+            content[key] = value

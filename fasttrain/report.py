@@ -1,0 +1,109 @@
+"""report.html: one self-contained page with the table, the curves, and what the figures were made on."""
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+from .files import write_text
+from .log import read_lines
+from .recipe import Recipe, to_yaml
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2733 }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .9rem; border-bottom: 1px solid #d5dbe3 }
+td, th { text-align: right } td:first-child, th:first-child { text-align: left }
+img { max-width: 100%; margin: .5rem 0 } pre { background: #f3f5f8; padding: 1rem; overflow-x: auto; font-size: 13px }
+p.small { color: #5b6878; font-size: 14px }
+"""
+
+
+def write(path: Path, recipe: Recipe, table: dict[str, Any], jobs: list, summaries: list[dict[str, Any]]) -> None:
+    """Writes the page.
+
+    Args:
+        path: of the file.
+        recipe: as it was run.
+        table: from :func:`fasttrain.compare.tabulate`.
+        jobs: the runs, each with ``row``, ``label`` and ``folder``.
+        summaries: their summaries, in the same order.
+    """
+    machine, versions = table["environment"]["machine"], table["environment"]["versions"]
+    gpu = ", ".join(machine["gpu"]) or "no GPU"
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>{_e(recipe.name)}</title><style>{_STYLE}</style>",
+        f"<h1>{_e(recipe.name)}</h1>",
+        "<h2>Test split</h2>",
+        _table(table),
+        f"<p class=small>{_e(table['metric'].replace('_', ' '))} is what weights were selected by, on the validation "
+        f"split; the test split was looked at once per run. {_runs(table)}</p>",
+        "<h2>Curves</h2>",
+        _curves(jobs, table["metric"]),
+        "<h2>Where the time went</h2>",
+        _times(jobs, summaries),
+        "<h2>Sources and data</h2>",
+        f"<pre>{_e(chr(10).join(dict.fromkeys(line for s in summaries for line in s['log'])))}</pre>",
+        "<h2>Made on</h2>",
+        f"<p>{_e(machine['cpu'])}, {machine['cores']} threads a run, {_e(gpu)}; {_e(machine['system'])}; commit "
+        f"{_e(str(table['environment']['commit']))}; {_e(', '.join(f'{k} {v}' for k, v in versions.items()))}</p>",
+        "<h2>Recipe</h2>",
+        f"<pre>{_e(to_yaml(recipe))}</pre>",
+    ]
+    write_text(path, "\n".join(parts) + "\n")
+
+
+def _e(text: str) -> str:
+    return html.escape(text)
+
+
+def _runs(table: dict[str, Any]) -> str:
+    count = table["side_by_side"]
+    return f"Speeds are of one run while {count} trained side by side." if count > 1 else ""
+
+
+def _table(table: dict[str, Any]) -> str:
+    names = [k for k in table["rows"][0]["test"]]
+    names.sort(key=lambda k: (k != table["metric"], k == "loss"))
+    head = "".join(f"<th>{_e(n.replace('_', ' '))}{'' if n == 'loss' else ' %'}" for n in names)
+    rows = []
+    for row in table["rows"]:
+        cells = "".join(f"<td>{_figure(row['test'][n])}" for n in names)
+        rows.append(f"<tr><td>{_e(row['name'])}{cells}<td>{row['images_per_s']:.0f}<td>{row['seeds']}")
+    return f"<table><tr><th>{head}<th>images/s<th>seeds{''.join(rows)}</table>"
+
+
+def _figure(value: dict[str, Any]) -> str:
+    return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
+
+
+def _times(jobs: list, summaries: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(k for s in summaries for k in s["time_share_percent"]))
+    head = "".join(f"<th>{_e(n)} %" for n in names)
+    rows = []
+    for job, s in zip(jobs, summaries, strict=True):
+        cells = "".join(f"<td>{s['time_share_percent'].get(n, 0):.1f}" for n in names)
+        rows.append(f"<tr><td>{_e(job.label)}{cells}<td>{s['train_seconds']:.1f}")
+    return f"<table><tr><th>{head}<th>seconds of training{''.join(rows)}</table>"
+
+
+def _curves(jobs: list, metric: str) -> str:
+    """Training loss of the task and the selecting figure on the validation split, a colour a row, a line a seed."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(11, 3.8), dpi=110, layout="constrained")
+    axes = figure.subplots(1, 2)
+    rows = list(dict.fromkeys(j.row for j in jobs))
+    for job in jobs:
+        colour, first = f"C{rows.index(job.row)}", job is next(j for j in jobs if j.row == job.row)
+        for axis, kind, field in ((axes[0], "step", "primary"), (axes[1], "eval", metric)):
+            lines = read_lines(job.folder, kind)
+            x, y = [line["step"] for line in lines], [line[field] for line in lines]
+            axis.plot(x, y, colour, marker="." if len(x) < 3 else "", label=job.row if first else None, alpha=0.75, lw=1.3)
+    for axis, title in ((axes[0], "task loss, training"), (axes[1], f"{metric.replace('_', ' ')} %, validation")):
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'

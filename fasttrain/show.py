@@ -1,0 +1,111 @@
+"""What a person sees on the terminal: a bar for each running run, a line for each finished one, a table at the end."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from .recipe import Recipe
+
+
+class Watch:
+    """Shows the lines of runs as they come; on a terminal as bars, elsewhere as plain lines at most every 15 seconds.
+
+    Args:
+        recipe: for the number of epochs.
+        console: where to.
+        runs: how many there are.
+    """
+
+    def __init__(self, recipe: Recipe, console: Console, runs: int) -> None:
+        self.console, self.epochs, self.runs = console, recipe.optim.epochs, runs
+        self.start, self.done = time.monotonic(), 0
+        self.bars = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), console=console
+        )
+        self.tasks: dict[str, Any] = {}
+        self.began: dict[str, tuple[float, int]] = {}
+        self.val: dict[str, str] = {}
+        self.notes: set[str] = set()
+        self.printed = 0.0
+
+    def __enter__(self) -> "Watch":
+        if self.console.is_terminal:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bars.stop()
+
+    def __call__(self, label: str, line: dict[str, Any]) -> None:
+        getattr(self, f"_{line['kind']}")(label, line)
+
+    def _note(self, label: str, line: dict[str, Any]) -> None:
+        text = line["text"]
+        own = text.startswith("going on")
+        if own or text not in self.notes:  # what all runs have in common is said once
+            self.notes.add(text)
+            self._print(f"{label}: {text}" if own and self.runs > 1 else text)
+
+    def _eval(self, label: str, line: dict[str, Any]) -> None:
+        name = line["metric"]
+        self.val[label] = f"val {name.replace('_', ' ')} {line[name]:.1f} %"
+
+    def _step(self, label: str, line: dict[str, Any]) -> None:
+        now, step = time.monotonic(), line["step"]
+        first_time, first_step = self.began.setdefault(label, (now, step))
+        left = (now - first_time) / (step - first_step) * (line["steps"] - step) if step > first_step else None
+        waits = f"waits {line.get('data_share', 0):.0f} % for data, {line.get('sources_share', 0):.0f} % for sources"
+        text = f"{line['images_per_s']:.0f} images/s, loss {line['loss']:.3f}, {waits}"
+        text += f", {self.val[label]}" if label in self.val else ""
+        text += f", {_time(left)} left" if left is not None else ""
+        if self.console.is_terminal:
+            if label not in self.tasks:
+                self.tasks[label] = self.bars.add_task(label, total=1.0, text="")
+            self.bars.update(self.tasks[label], completed=step / line["steps"], text=text)
+        elif now - self.printed > 15:
+            self.printed = now
+            self._print(f"{label}: epoch {line['epoch'] + 1} of {self.epochs}, {text}")
+
+    def _done(self, label: str, line: dict[str, Any]) -> None:
+        if label in self.tasks:
+            self.bars.remove_task(self.tasks.pop(label))
+        self.done += 1
+        took = time.monotonic() - self.start
+        rest = f", about {_time(took / self.done * (self.runs - self.done))} to go" if self.done < self.runs else ""
+        metric, test = line["metric"], line["test"]
+        self._print(
+            f"{label}: {metric.replace('_', ' ')} {test[metric]:.2f} % on the test split (epoch {line['selected_epoch']}),"
+            f" {line['images_per_s']:.0f} images/s" + (f"; {self.done} of {self.runs} runs done{rest}" if self.runs > 1 else "")
+        )
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def table(content: dict[str, Any]) -> Table:
+    """A comparison's table for the terminal."""
+    metric = content["metric"].replace("_", " ")
+    seeds = max(r["seeds"] for r in content["rows"])
+    runs = f", {content['side_by_side']} runs side by side" if content["side_by_side"] > 1 else ""
+    out = Table(title=f"{content['name']}: test split, mean ± standard deviation of {seeds} seed{'s' * (seeds > 1)}{runs}")
+    others = [k for k in content["rows"][0]["test"] if k not in (content["metric"], "loss")]
+    for name in ("", metric + " %", *(f"{o.replace('_', ' ')} %" for o in others), "images/s"):
+        out.add_column(name, justify="left" if not name else "right")
+    for row in content["rows"]:
+        cells = [plus_minus(row["test"][k]) for k in (content["metric"], *others)]
+        out.add_row(row["name"], *cells, f"{row['images_per_s']:.0f}")
+    return out
+
+
+def plus_minus(figure: dict[str, Any]) -> str:
+    """``mean ± std``, or the mean where there is one seed."""
+    return f"{figure['mean']:.2f}" + (f" ± {figure['std']:.2f}" if figure["std"] is not None else "")
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

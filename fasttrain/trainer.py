@@ -1,0 +1,252 @@
+"""The one loop: a target learns from labels and, where the recipe has sources, from their soft labels.
+
+A step is Eq. (4) and (5) of the SSKT paper: the gradient of ``L_task + alpha * sum_m L_aux,m``, taken by SGD. The loop
+knows nothing of the command line, and nothing of which loader, method or kind of source it was given.
+"""
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from . import checkpoint
+from .build import Parts
+from .environment import environment
+from .files import write_json, write_text
+from .loaders import Batch
+from .loaders.resample import to_float
+from .log import Clock, RunLog, Watcher
+from .optim import Schedule, build_average, build_optimiser
+from .recipe import to_yaml
+
+
+class Trainer:
+    """Trains one target with one seed, from the last checkpoint in its folder if there is one.
+
+    Args:
+        parts: from :func:`fasttrain.build.build`.
+        folder: the run's own; made if it is not there.
+        recall: folder of recalled soft targets, shared by the runs that can share them.
+        watch: takes every line of the log, as a dict with ``kind``.
+    """
+
+    def __init__(self, parts: Parts, folder: Path, recall: Path, watch: Watcher) -> None:
+        recipe = parts.recipe
+        self.parts, self.recipe, self.folder, self.watch = parts, recipe, folder, watch
+        self.target, self.task, self.method, self.loader = parts.target, parts.task, parts.method, parts.loaders["train"]
+        self.optimiser = build_optimiser(recipe.optim, self.target)
+        self.schedule = Schedule(recipe.optim, len(self.loader))
+        self.average = build_average(recipe.optim, self.target)
+        self.scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.dtype == torch.float16)
+        self.mean, self.std = (torch.tensor(v, device=parts.device) for v in (recipe.data.mean, recipe.data.std))
+        val_index_N = parts.loaders["val"].spec.index_N
+        self.metric = self.task.metric(torch.from_numpy(parts.dataset.targets_N[val_index_N]))
+        self.epoch, self.step, self.finished = 0, 0, False
+        self.best: dict[str, Any] = {"epoch": 0, "value": -math.inf, "val": {}}
+        self.sums: dict[str, torch.Tensor] = {}
+        self.summed = 0
+        self.clock, self.speeds, self.train_seconds = Clock(), [], 0.0
+        kept = self._resume()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "recipe.yaml", to_yaml(recipe))
+        self.log = RunLog(folder, watch, tensorboard=recipe.run.tensorboard, keep=kept, step=self.step)
+        for line in parts.log:
+            self._note(line)
+        self.sources = None if self.finished else parts.open_sources(recall, self._note)
+        if self.sources is not None:
+            self._note(f"sources: {self.sources.describe()}")
+        self.model = torch.compile(self.target) if recipe.run.compile else self.target
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end, tests the selected weights once, and returns what goes into summary.json."""
+        try:
+            while self.epoch < self.recipe.optim.epochs and not self.finished:
+                self._train_epoch()
+                self._end_epoch()
+            return self._finish()
+        finally:
+            self.log.close()
+
+    def _train_epoch(self) -> None:
+        self.target.train()
+        run = self.recipe.run
+        batches = iter(self.loader)
+        mark, images = time.perf_counter(), 0
+        while True:
+            with self.clock("data"):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            self._take_step(batch)
+            self.step += 1
+            images += len(batch)
+            if self.step % run.log_every == 0:
+                self._log_steps(images, time.perf_counter() - mark)
+                self.train_seconds += time.perf_counter() - mark
+                mark, images = time.perf_counter(), 0
+            if run.checkpoint_steps and self.step % run.checkpoint_steps == 0 and self._inside_epoch():
+                self.train_seconds += time.perf_counter() - mark
+                self._save()
+                mark, images = time.perf_counter(), 0
+        self.train_seconds += time.perf_counter() - mark
+
+    def _take_step(self, batch: Batch) -> None:
+        optim, device = self.recipe.optim, self.parts.device
+        with self.clock("sources"):
+            soft = self.sources(batch) if self.sources is not None else None
+        with self.clock("target"):
+            with torch.autocast(device.type, self.parts.dtype, enabled=self.parts.dtype != torch.float32):
+                output = self.model(to_float(batch.pixels, self.mean, self.std), aux=soft is not None)
+            losses = self.method.step(output, batch.targets, soft)
+            self.scaler.scale(losses["loss"]).backward()
+        with self.clock("optimiser"):
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.schedule.lr(self.step)
+            if optim.clip_norm:
+                self.scaler.unscale_(self.optimiser)
+                torch.nn.utils.clip_grad_norm_(self.target.parameters(), optim.clip_norm)
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+            self.optimiser.zero_grad(set_to_none=True)
+            if self.average is not None:
+                self.average.update_parameters(self.target)
+        for name, value in losses.items():  # stays on the device; read every N steps
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.summed += 1
+
+    def _end_epoch(self) -> None:
+        run = self.recipe.run
+        self.epoch += 1
+        last = self.epoch == self.recipe.optim.epochs
+        if self.epoch % run.eval_every == 0 or last:
+            val = self.evaluate("val")
+            self.schedule.heard(val["loss"])
+            if run.select == "last" or val[self.metric] > self.best["value"]:
+                self.best = {"epoch": self.epoch, "value": val[self.metric], "val": val}
+                self._save_selected()
+            self.log.write({"kind": "eval", "epoch": self.epoch, "step": self.step, "metric": self.metric} | val)
+        if self.epoch % run.checkpoint_every == 0 or last:
+            self.finished = last
+            self._save()
+
+    def _finish(self) -> dict[str, Any]:
+        path = self.folder / "summary.json"
+        if path.is_file():
+            return checkpoint.read_summary(path)
+        selected = self.folder / "checkpoints" / "selected.pt"
+        checkpoint.load_target(self.target, checkpoint.load(selected), selected, self.parts.dataset.classes)
+        self.average = None
+        summary = {
+            "name": self.recipe.name,
+            "metric": self.metric,
+            "selected_epoch": self.best["epoch"],
+            "val": self.best["val"],
+            "test": self.evaluate("test"),
+            "images_per_s": median(self.speeds) if self.speeds else self._mean_speed(),
+            "train_seconds": self.train_seconds,
+            "time_share_percent": self.clock.shares(),
+            "epochs": self.epoch,
+            "steps": self.step,
+            "seed": self.recipe.run.seed,
+            "sources": {n.spec.name: {"model": n.spec.model, "sha256": n.sha256} for n in self.parts.networks},
+            "log": self.parts.log,
+            "environment": environment(),
+        }
+        write_json(path, summary)
+        self.watch({"kind": "done"} | summary)
+        return summary
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> dict[str, float]:
+        """The task's figures on a split: the moving average's if there is one. No source and no auxiliary head runs."""
+        return evaluate(self.parts, self.average.module if self.average is not None else self.target, split)
+
+    def _mean_speed(self) -> float:
+        return self.step * self.recipe.data.batch / max(self.train_seconds, 1e-9)
+
+    def _inside_epoch(self) -> bool:
+        return self.loader.state_dict()["batch"] < len(self.loader)
+
+    def _log_steps(self, images: int, seconds: float) -> None:
+        means = {name: float(value) / self.summed for name, value in self.sums.items()}
+        if not math.isfinite(means["loss"]):
+            raise ValueError(
+                f"the loss is {means['loss']} by step {self.step}: optim.lr {self.recipe.optim.lr:g} may be too high; "
+                "try a lower one, warmup_epochs or clip_norm"
+            )
+        self.sums, self.summed = {}, 0
+        self.speeds.append(images / seconds)
+        shares = {f"{part}_share": share for part, share in self.clock.shares().items()}
+        position = {"epoch": self.epoch, "step": self.step, "steps": self.schedule.steps, "lr": self.schedule.lr(self.step - 1)}
+        self.log.write({"kind": "step"} | position | means | {"images_per_s": images / seconds} | shares)
+
+    def _note(self, text: str) -> None:
+        self.watch({"kind": "note", "text": text})
+
+    def _save(self) -> None:
+        state = {
+            "target": self.target.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "classes": list(self.parts.dataset.classes),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "position": {"epoch": self.epoch, "step": self.step, "finished": self.finished},
+            "best": self.best,
+            "sums": self.sums,
+            "summed": self.summed,
+            "times": {"clock": self.clock.seconds, "speeds": self.speeds, "train": self.train_seconds},
+            "random": torch.get_rng_state(),
+            "log_bytes": self.log.position(),
+            "recipe": asdict(self.recipe),
+        }
+        checkpoint.save(self.folder / "checkpoints" / "last.pt", state)
+
+    def _save_selected(self) -> None:
+        weights = (self.average.module if self.average is not None else self.target).state_dict()
+        state = {"target": weights, "classes": list(self.parts.dataset.classes), "epoch": self.epoch}
+        state |= {"recipe": asdict(self.recipe), "metric": self.metric, "val": self.best["val"]}
+        checkpoint.save(self.folder / "checkpoints" / "selected.pt", state)
+
+    def _resume(self) -> int:
+        """Goes to where the last checkpoint was; returns the bytes of the log it knew of."""
+        path = self.folder / "checkpoints" / "last.pt"
+        if not path.is_file():
+            return 0
+        state = checkpoint.load(path)
+        checkpoint.same_recipe(state["recipe"], asdict(self.recipe), self.folder)
+        checkpoint.load_target(self.target, state, path, self.parts.dataset.classes)
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.loader.load_state_dict(state["loader"])
+        self.epoch, self.step, self.finished = (state["position"][k] for k in ("epoch", "step", "finished"))
+        self.best, self.summed = state["best"], state["summed"]
+        self.sums = {name: value.to(self.parts.device) for name, value in state["sums"].items()}
+        times = state["times"]
+        self.clock.seconds, self.speeds, self.train_seconds = times["clock"], times["speeds"], times["train"]
+        torch.set_rng_state(state["random"])
+        self._note(f"going on from {path}: epoch {self.epoch}, step {self.step}")
+        return state["log_bytes"]
+
+
+@torch.no_grad()
+def evaluate(parts: Parts, target: torch.nn.Module, split: str) -> dict[str, float]:
+    """The task's figures on a split, under the run's precision."""
+    target.eval()
+    mean, std = (torch.tensor(v, device=parts.device) for v in (parts.recipe.data.mean, parts.recipe.data.std))
+    logits, targets = [], []
+    loader = parts.loaders[split]
+    loader.set_epoch(0)
+    for batch in loader:
+        with torch.autocast(parts.device.type, parts.dtype, enabled=parts.dtype != torch.float32):
+            logits.append(target(to_float(batch.pixels, mean, std)).logits_BK.float())
+        targets.append(batch.targets)
+    return parts.task.evaluate(torch.cat(logits), torch.cat(targets))

@@ -1,0 +1,60 @@
+"""Auxiliary heads of the target, one a source: linear, or with SSKT's transfer module."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class AuxiliaryHead(nn.Module):
+    """Guesses a source's logits [B, classes] from the target's taps and pooled feature."""
+
+    def forward(self, taps: list[Tensor], feature_BD: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class LinearHead(AuxiliaryHead):
+    """One linear layer on the pooled feature."""
+
+    def __init__(self, feature_dim: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(feature_dim, classes)
+
+    def forward(self, taps: list[Tensor], feature_BD: Tensor) -> Tensor:
+        return self.linear(feature_BD)
+
+
+class TransferModule(AuxiliaryHead):
+    """SSKT's transfer module (Fig. 3): a bottleneck on every tap, pooled, combined, then one linear layer.
+
+    Args:
+        tap_channels: channels of each tap.
+        width: w; the bottlenecks are 1x1 to w/2, 3x3 with stride 2, 1x1 to w.
+        classes: of the source.
+        combine: ``sum`` of the branches (the paper) or their ``mean`` (the published code).
+    """
+
+    def __init__(
+        self, tap_channels: Sequence[int], width: int, classes: int, combine: Literal["sum", "mean"] = "sum"
+    ) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([_bottleneck(c, width) for c in tap_channels])
+        self.linear = nn.Linear(width, classes)
+        self.combine = combine
+
+    def forward(self, taps: list[Tensor], feature_BD: Tensor) -> Tensor:
+        pooled_NBW = torch.stack([b(t).mean(dim=(2, 3)) for b, t in zip(self.branches, taps, strict=True)])
+        return self.linear(pooled_NBW.sum(0) if self.combine == "sum" else pooled_NBW.mean(0))
+
+
+def _bottleneck(in_channels: int, width: int) -> nn.Sequential:
+    half = width // 2
+    layers: list[nn.Module] = []
+    for conv in (
+        nn.Conv2d(in_channels, half, 1),
+        nn.Conv2d(half, half, 3, stride=2, padding=1),
+        nn.Conv2d(half, width, 1),
+    ):
+        layers += [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)

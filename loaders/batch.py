@@ -1,0 +1,57 @@
+"""The contract between loaders and everything that consumes their batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's samples, on the loader's device.
+
+    Attributes:
+        pixels: uint8 [B, 3, H, W], channels_last.
+        targets: int64 [B], class indices.
+        index: int64 [B], the samples' indices in their data set.
+        view: int64 [B], which view of its sample this is (the epoch, or ``epoch mod K``).
+        still: uint8 [B, 3, R, R] or None: the same view at the sources' own resolution.
+    """
+
+    pixels: Tensor
+    targets: Tensor
+    index: Tensor
+    view: Tensor
+    still: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class Loader(Protocol):
+    """Yields one epoch's batches of one data set on one device, in ``order(seed, epoch)``, as its views say."""
+
+    def __len__(self) -> int:
+        """Batches an epoch, on this rank."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch."""
+        ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the start of ``epoch``."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: ``{"epoch", "batch"}``, the next batch to come."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        ...
+
+    def describe(self) -> str:
+        """One line for the run's log."""
+        ...

@@ -1,0 +1,50 @@
+"""Data sets by name. A new one is a new file here and a line in :data:`DATASETS`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .base import Dataset, labelled_part, split_off, stored_pixels
+from .cifar import cifar10, cifar100
+from .elpv import elpv
+from .fashion_mnist import fashion_mnist
+from .folder import image_folder
+from .stl10 import stl10
+from .toy import toy
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "elpv": elpv,
+    "fashion_mnist": fashion_mnist,
+    "folder": image_folder,
+    "stl10": stl10,
+    "toy": toy,
+}
+
+__all__ = ["DATASETS", "Dataset", "labelled_part", "open_dataset", "split_off", "stored_pixels"]
+
+
+def open_dataset(name: str, root: str | Path | None = None, *, val_share: float = 0.1, verify: bool = True) -> Dataset:
+    """Opens a data set as it lies on disk.
+
+    Args:
+        name: a key of :data:`DATASETS`.
+        root: the folder that holds it; None where the data set has a place of its own (``elpv``, ``toy``).
+        val_share: share of the training images held out for validation, where the data set has no such split.
+        verify: compare the files with the published checksums, where there are some.
+
+    Raises:
+        ValueError: unknown name, missing folder, files that are not what they should be.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data.name: no data set is called {name!r}; there are {', '.join(DATASETS)}")
+    if not 0 <= val_share < 1:
+        raise ValueError(f"data.val_share: {val_share} is not a share in [0, 1)")
+    if name in ("elpv", "toy"):
+        return DATASETS[name](val_share=val_share)
+    if root is None:
+        raise ValueError(f"data.root: {name} needs the folder that holds it")
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"data.root: there is no folder {root}")
+    return DATASETS[name](root, val_share=val_share, verify=verify)

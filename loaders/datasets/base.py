@@ -1,0 +1,167 @@
+"""What a data set is here: images that can be read by index, labels, and fixed splits."""
+
+import hashlib
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ..order import order
+from ..resample import centre_square
+
+_SPLIT_SEED = 0  # splits are part of a data set: no setting changes who is in them
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images.
+
+    Attributes:
+        name: of the data set.
+        classes: names, in the order of the class indices.
+        targets_N: int64 [N], class indices.
+        read: index -> uint8 [H, W, 3]; raises ``ValueError`` with the file's name for an image that cannot be read.
+        splits: ``train``, ``val`` and ``test`` -> int64 indices, ascending, disjoint.
+        source: where it came from, for the run's log.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    targets_N: np.ndarray
+    read: Callable[[int], np.ndarray]
+    splits: dict[str, np.ndarray]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.targets_N)
+
+    def identity(self) -> str:
+        """A short fingerprint of names, labels and splits (not of pixels): what soft targets of it are bound to."""
+        parts = [self.name, *self.classes, self.targets_N.tobytes().hex()]
+        parts += [f"{k}:{v.tobytes().hex()}" for k, v in sorted(self.splits.items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+class Pixels:
+    """``read`` for images that lie in memory as one array [N, H, W, C] or [N, H, W]; grey becomes three channels."""
+
+    def __init__(self, image_NHWC: np.ndarray) -> None:
+        self.image_NHWC = image_NHWC if image_NHWC.ndim == 4 else image_NHWC[..., None]
+
+    def __call__(self, index: int) -> np.ndarray:
+        image_HWC = self.image_NHWC[index]
+        return image_HWC if image_HWC.shape[2] == 3 else np.repeat(image_HWC, 3, axis=2)
+
+
+class Files:
+    """``read`` for images in files, one a sample."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __call__(self, index: int) -> np.ndarray:
+        return read_image(self.paths[index])
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Decodes one file to uint8 [H, W, 3], turned as its EXIF says; 16-bit grey keeps its upper eight bits.
+
+    Raises:
+        ValueError: the file is missing, damaged or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def stored_pixels(dataset: Dataset, index_N: np.ndarray, side: int) -> torch.Tensor:
+    """The images ``index_N``, decoded: uint8 [N, H, W, 3]; their centre squares at ``side`` pixels unless it is 0.
+
+    Raises:
+        ValueError: an image cannot be read, or the images differ in size and ``side`` is 0.
+    """
+
+    def load(index: int) -> np.ndarray:
+        image_HWC = dataset.read(index)
+        return centre_square(image_HWC, side) if side else image_HWC
+
+    first = load(int(index_N[0]))
+    store_NHWC = np.empty((len(index_N), *first.shape), dtype=np.uint8)
+    with ThreadPoolExecutor() as pool:
+        for row, image_HWC in enumerate(pool.map(load, index_N.tolist())):
+            if image_HWC.shape != first.shape:
+                raise ValueError(
+                    f"the images of {dataset.name} differ in size ({first.shape[1]} x {first.shape[0]} and "
+                    f"{image_HWC.shape[1]} x {image_HWC.shape[0]} pixels): set data.stored to one side, or "
+                    "data.loader to torch"
+                )
+            store_NHWC[row] = image_HWC
+    return torch.from_numpy(store_NHWC)
+
+
+def labelled_part(targets_N: np.ndarray, index_M: np.ndarray, count: int) -> np.ndarray:
+    """``count`` of the indices, their classes in the proportion of all; a smaller count is a part of a larger one.
+
+    Raises:
+        ValueError: fewer than one image a class, or more than there are.
+    """
+    classes = np.unique(targets_N[index_M])
+    if not len(classes) <= count <= len(index_M):
+        raise ValueError(
+            f"data.labelled: {count} is not between {len(classes)} (the classes) and {len(index_M)} (the images)"
+        )
+    # every image's place among its class, as a share: the first `count` by share hold each class in proportion
+    place_M = np.empty(len(index_M))
+    for label in classes:
+        member = np.flatnonzero(targets_N[index_M] == label)
+        place_M[member[order(_SPLIT_SEED, 1, len(member))]] = (np.arange(len(member)) + 0.5) / len(member)
+    return np.sort(index_M[np.argsort(place_M, kind="stable")[:count]])
+
+
+def split_off(stratum_M: np.ndarray, index_M: np.ndarray, share: float, purpose: int) -> tuple[np.ndarray, np.ndarray]:
+    """Parts indices into (rest, held out), ``share`` of every stratum being held out; a fixed function of its input.
+
+    Args:
+        stratum_M: what to keep in proportion, an integer for each of ``index_M``.
+        index_M: the indices to part.
+        share: of every stratum, to be held out, rounded to whole images.
+        purpose: a number that tells one such parting of a data set from another.
+    """
+    held = np.zeros(len(index_M), dtype=bool)
+    for label in np.unique(stratum_M):
+        member = np.flatnonzero(stratum_M == label)
+        held[member[order(_SPLIT_SEED, purpose, len(member))[: round(share * len(member))]]] = True
+    return np.sort(index_M[~held]), np.sort(index_M[held])
+
+
+def train_val_test(targets_N: np.ndarray, train_M: np.ndarray, test_M: np.ndarray, val_share: float) -> dict:
+    """The splits of a data set that comes with training and test images: ``val_share`` of the former validates."""
+    train, val = split_off(targets_N[train_M], train_M, val_share, purpose=2)
+    return {"train": train, "val": val, "test": np.sort(test_M)}
+
+
+def checked(path: Path, md5: str | None) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        ValueError: missing, or its MD5 is not ``md5`` (None: not compared).
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    content = path.read_bytes()
+    if md5 is not None and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise ValueError(
+            f"{path} is not the published file (MD5 differs; CRC {zlib.crc32(content):08x}): fetch it again, or set "
+            "data.verify to false if it is meant to differ"
+        )
+    return content

@@ -1,0 +1,124 @@
+"""Cuts views out of images: crop, antialiased resize and flip of a whole batch, exact on every device.
+
+The resize is the usual separable triangle filter (bilinear, widened when it shrinks, as in Pillow), with its weights
+rounded to multiples of 1/1024 that sum to 1. Every product and sum is then an integer below 2**18, which float32 (and
+even TF32) holds exactly: the same view gives the same bytes on a CPU and on a GPU, alone and in a batch. Against
+Pillow, whose weights have more bits, single pixels differ by 2 of 255 at most (tests/loaders/test_resample.py).
+
+Shape suffixes: B batch, H W stored height and width, S output side, C channels (3), N images.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .views import View
+
+_ONE = 1024  # a weight of 1, as an integer
+
+
+def cut(image_BHWC: Tensor, view: View, size: int) -> Tensor:
+    """The views of a batch of images of one size.
+
+    Args:
+        image_BHWC: uint8, contiguous, on any device.
+        view: a box and flips for each image; what lies outside the image is black.
+        size: side of the result, in pixels.
+
+    Returns:
+        uint8 [B, C, S, S], channels_last.
+    """
+    if (view.box_B4[:, 2:] == size).all():
+        return _gather(image_BHWC, np.arange(len(view)), view, size)
+    height, width = image_BHWC.shape[1:3]
+    device = image_BHWC.device
+    weight_BSH = _weights(view.box_B4[:, 0], view.box_B4[:, 2], height, size, view.flip_B2[:, 1]).to(device)
+    weight_BSW = _weights(view.box_B4[:, 1], view.box_B4[:, 3], width, size, view.flip_B2[:, 0]).to(device)
+    channels = image_BHWC.shape[3]
+    row_BSX = weight_BSH @ image_BHWC.flatten(2).float()
+    row_BSWC = _round(row_BSX).unflatten(2, (width, channels))
+    out_BSSC = _round(weight_BSW[:, None] @ row_BSWC)
+    return out_BSSC.to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def cut_from_store(store_NHWC: Tensor, index_B: np.ndarray, view: View, size: int) -> Tensor:
+    """The views of the images ``index_B`` of a store, without a copy of the whole images where the box is not resized.
+
+    Same result as ``cut(store_NHWC[index_B], view, size)``.
+    """
+    if (view.box_B4[:, 2:] == size).all():
+        return _gather(store_NHWC, index_B, view, size)
+    return cut(store_NHWC[torch.from_numpy(index_B).to(store_NHWC.device)], view, size)
+
+
+def centre_square(image_HWC: np.ndarray, side: int) -> np.ndarray:
+    """The centre square of one image, resized to ``side`` pixels: uint8 [side, side, C]."""
+    height, width = image_HWC.shape[:2]
+    short = min(height, width)
+    box_B4 = np.array([[(height - short) // 2, (width - short) // 2, short, short]])
+    view = View(box_B4, np.zeros((1, 2), dtype=bool), np.zeros(1, dtype=np.int64))
+    out_1CSS = cut(torch.from_numpy(np.ascontiguousarray(image_HWC))[None], view, side)
+    return out_1CSS[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def to_float(pixel_BCHW: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normalised pixels, channels_last: ``(pixel - mean) / std`` with both in the units of the pixels (0 .. 255)."""
+    return ((pixel_BCHW.float() - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).to(dtype)
+
+
+def enlarge(pixel_BCHW: Tensor, size: int) -> Tensor:
+    """uint8 pixels bilinearly resized to ``size``, as float32 in 0 .. 255, on the pixels' device."""
+    if pixel_BCHW.shape[-2:] == (size, size):
+        return pixel_BCHW.float()
+    return F.interpolate(pixel_BCHW.float(), size=(size, size), mode="bilinear", antialias=True)
+
+
+def _round(sum_: Tensor) -> Tensor:
+    """Sums of weight x pixel back to whole pixel values, still as float32."""
+    return (sum_ * (1.0 / _ONE) + 0.5).floor_()
+
+
+def _weights(start_B: np.ndarray, length_B: np.ndarray, extent: int, size: int, flip_B: np.ndarray) -> Tensor:
+    """Triangle-filter weights in 1/1024: float32 [B, S, extent]; a row sums to 1024, less what lies outside the image.
+
+    Output pixel s of a box (start, length) has its centre at ``start + (s + 1/2) * length / S`` and the support
+    ``max(length / S, 1)`` to both sides.
+    """
+    scale_B = length_B / size
+    support_B = np.maximum(scale_B, 1.0)
+    centre_BS = start_B[:, None] + (np.arange(size)[None] + 0.5) * scale_B[:, None]
+    centre_BS = np.where(flip_B[:, None], centre_BS[:, ::-1], centre_BS)
+    first_BS = np.floor(centre_BS - support_B[:, None]).astype(np.int64)
+    taps = int(np.ceil(2 * support_B.max())) + 2
+    position_BST = first_BS[..., None] + np.arange(taps)
+    weight_BST = 1 - np.abs(position_BST + 0.5 - centre_BS[..., None]) / support_B[:, None, None]
+    # the filter ends at the box, as if it had been cropped first
+    inside_BST = (position_BST >= start_B[:, None, None]) & (position_BST < (start_B + length_B)[:, None, None])
+    weight_BST = np.where(inside_BST, np.maximum(weight_BST, 0), 0)
+    whole_BST = np.round(weight_BST * (_ONE / weight_BST.sum(-1, keepdims=True)))
+    largest_BS = whole_BST.argmax(-1)[..., None]
+    rest_BS = _ONE - whole_BST.sum(-1, keepdims=True)
+    np.put_along_axis(whole_BST, largest_BS, np.take_along_axis(whole_BST, largest_BS, -1) + rest_BS, -1)
+    whole_BST[(position_BST < 0) | (position_BST >= extent)] = 0
+    out_BSX = np.zeros((*centre_BS.shape, extent), dtype=np.float32)
+    b, s, _ = np.ogrid[: len(start_B), :size, :taps]
+    np.add.at(out_BSX, (b, s, position_BST.clip(0, extent - 1)), whole_BST)
+    return torch.from_numpy(out_BSX)
+
+
+def _gather(store_NHWC: Tensor, index_B: np.ndarray, view: View, size: int) -> Tensor:
+    """Views whose boxes already have the output's size: one indexing operation."""
+    height, width = store_NHWC.shape[1:3]
+    step_S = np.arange(size)
+    y_BS = view.box_B4[:, :1] + np.where(view.flip_B2[:, 1:], step_S[::-1], step_S)
+    x_BS = view.box_B4[:, 1:2] + np.where(view.flip_B2[:, :1], step_S[::-1], step_S)
+    inside_BSS = ((y_BS >= 0) & (y_BS < height))[:, :, None] & ((x_BS >= 0) & (x_BS < width))[:, None, :]
+    device = store_NHWC.device
+    row_BSS = (index_B[:, None, None] * height + y_BS.clip(0, height - 1)[:, :, None]) * width
+    flat_BSS = torch.from_numpy(row_BSS + x_BS.clip(0, width - 1)[:, None, :]).to(device)
+    out_BSSC = store_NHWC.view(-1, store_NHWC.shape[3]).index_select(0, flat_BSS.flatten())
+    out_BSSC = out_BSSC.view(*flat_BSS.shape, -1)
+    if not inside_BSS.all():
+        out_BSSC.mul_(torch.from_numpy(inside_BSS).to(device)[..., None])
+    return out_BSSC.permute(0, 3, 1, 2)

@@ -1,0 +1,50 @@
+"""The ``resident`` loader: the data set as uint8 on the device, whole batches cut out of it by indexing."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from .base import EpochLoader, LoaderSpec
+from .batch import Batch
+from .datasets import stored_pixels
+from .resample import cut_from_store
+
+
+class ResidentLoader(EpochLoader):
+    """Serves a data set (or split) that fits into the device's memory, uncompressed.
+
+    Raises:
+        ValueError: the images differ in size and ``spec.stored`` is 0.
+    """
+
+    def __init__(self, spec: LoaderSpec, device: torch.device | str = "cpu") -> None:
+        super().__init__(spec, device)
+        self._store_NHWC = stored_pixels(spec.dataset, spec.index_N, spec.stored).to(self.device)
+        self._still_NHWC = None
+        if spec.still and spec.stored:
+            self._still_NHWC = stored_pixels(spec.dataset, spec.index_N, spec.still).to(self.device)
+        self._row_of = np.full(len(spec.dataset), -1, dtype=np.int64)
+        self._row_of[spec.index_N] = np.arange(len(spec.index_N))
+
+    def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:
+        for index_B in walk:
+            yield self.at(epoch, index_B)
+
+    def at(self, epoch: int, index_B: np.ndarray) -> Batch:
+        """The views in ``epoch`` of chosen samples of the split, whatever the loader's position."""
+        spec, row_B = self.spec, self._row_of[index_B]
+        height, width = self._store_NHWC.shape[1:3]
+        view = spec.view(epoch, index_B, height, width)
+        pixels = cut_from_store(self._store_NHWC, row_B, view, spec.size)
+        still = None
+        if self._still_NHWC is not None:
+            still = cut_from_store(self._still_NHWC, row_B, view.scaled(spec.still / spec.stored), spec.still)
+        elif spec.still:
+            still = cut_from_store(self._store_NHWC, row_B, view, spec.still)
+        return self._batch_of(pixels, index_B, view.number_B, still)
+
+    def describe(self) -> str:
+        n, height, width, _ = self._store_NHWC.shape
+        size = self._store_NHWC.numel() + (0 if self._still_NHWC is None else self._still_NHWC.numel())
+        return f"resident on {self.device}: {n} images of {width} x {height}, {size / 2**20:.0f} MiB"
