@@ -47,9 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(given: list[str]) -> int:
-    from rich.console import Console
-
-    from . import compare, recipe, show
+    from . import recipe  # mistakes in a recipe come to light before the slow imports
 
     if _asks_help(given):
         recipe.parser("fasttrain train RECIPE").print_help()
@@ -58,6 +56,10 @@ def _train(given: list[str]) -> int:
     if name is None:
         raise ValueError("train needs a recipe: a packaged name such as demo, or a YAML file")
     what = recipe.load(name, rest)
+    from rich.console import Console
+
+    from . import compare, show
+
     console = Console()
     with show.Watch(what, console, len(compare.jobs_of(what))) as watch:
         table = compare.run(what, watch)
@@ -68,7 +70,7 @@ def _train(given: list[str]) -> int:
 
 
 def _describe(given: list[str]) -> int:
-    from . import describe, recipe
+    from . import recipe
 
     if _asks_help(given):
         recipe.parser("fasttrain describe [RECIPE] [--json] [--source-classes N,N]").print_help()
@@ -76,7 +78,10 @@ def _describe(given: list[str]) -> int:
     given, as_json = _flag(given, "--json")
     given, classes = _option(given, "--source-classes")
     name, rest = _name(given)
-    content = describe.describe(recipe.load(name, rest), _numbers("--source-classes", classes) if classes else None)
+    what, numbers = recipe.load(name, rest), _numbers("--source-classes", classes) if classes else None
+    from . import describe
+
+    content = describe.describe(what, numbers)
     print(json.dumps(content, indent=2) if as_json else describe.to_text(content))
     return 0
 

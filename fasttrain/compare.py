@@ -103,17 +103,23 @@ def tabulate(recipe: Recipe, jobs: list[Job], summaries: list[dict[str, Any]], s
 
 def _in_turn(jobs: list[Job], root: Path, watch) -> list[dict[str, Any]]:
     if len(jobs) > 1:  # every row's mistakes come to light before the first is trained
-        kept = [build(j.recipe) for j in _first_of_each_row(jobs)]  # noqa: F841, keeps decoded images for the runs
+        for job in _first_of_each_row(jobs):
+            _built(job)
     return [_train(job, root, lambda line, job=job: watch(job.label, line)) for job in jobs]
 
 
 def _train(job: Job, root: Path, watch: Watcher) -> dict[str, Any]:
-    parts = build(job.recipe)
-    _KEPT[:] = [parts]  # its decoded images are found again by the next run in this process
+    parts = _built(job)
     return Trainer(parts, job.folder, root / "recall", watch).fit()
 
 
-_KEPT: list[Parts] = []
+_LAST: list[Parts] = []
+
+
+def _built(job: Job) -> Parts:
+    """Builds a run, sharing the decoded images of the one built before it in this process."""
+    _LAST[:] = [build(job.recipe)]
+    return _LAST[0]
 
 
 def _first_of_each_row(jobs: list[Job]) -> list[Job]:
@@ -123,11 +129,10 @@ def _first_of_each_row(jobs: list[Job]) -> list[Job]:
 def _side_by_side(jobs: list[Job], count: int, root: Path, watch) -> list[dict[str, Any]]:
     """Runs in ``count`` processes. Soft targets are computed before, once, with all threads."""
     for job in _first_of_each_row(jobs):
-        parts = build(job.recipe)
-        _KEPT[:] = [parts]
+        parts = _built(job)
         if not (job.folder / "summary.json").is_file():
             parts.open_sources(root / "recall", lambda text: watch("", {"kind": "note", "text": text}))
-    _KEPT.clear()
+    _LAST.clear()
     context = multiprocessing.get_context("spawn")
     lines: Any = context.Queue()
     threads = max(1, torch.get_num_threads() // count)

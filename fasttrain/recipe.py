@@ -398,7 +398,8 @@ def _sentence(message: str) -> str:
     text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
     text = re.sub(r"Problem with given class_path '[^']*': ", "", text)
     text = re.sub(r"<class '(\w+)'>", r"\1", text)
-    return text.replace("typing.Literal", "one of ").replace("Expected a one of", "expected one of")
+    text = text.replace("Expected a typing.Literal", "Expected one of ")
+    return re.sub(r"Expected (a )?(.*?)\. Got value: (.*)", r"expected \2, got \3", text)
 
 
 def _merge(content: dict, changes: dict) -> None:

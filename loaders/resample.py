@@ -58,7 +58,7 @@ def centre_square(image_HWC: np.ndarray, side: int) -> np.ndarray:
     short = min(height, width)
     box_B4 = np.array([[(height - short) // 2, (width - short) // 2, short, short]])
     view = View(box_B4, np.zeros((1, 2), dtype=bool), np.zeros(1, dtype=np.int64))
-    out_1CSS = cut(torch.from_numpy(np.ascontiguousarray(image_HWC))[None], view, side)
+    out_1CSS = cut(torch.from_numpy(np.require(image_HWC, requirements="CW"))[None], view, side)
     return out_1CSS[0].permute(1, 2, 0).contiguous().numpy()
 
 
@@ -118,7 +118,7 @@ def _gather(store_NHWC: Tensor, index_B: np.ndarray, view: View, size: int) -> T
     row_BSS = (index_B[:, None, None] * height + y_BS.clip(0, height - 1)[:, :, None]) * width
     flat_BSS = torch.from_numpy(row_BSS + x_BS.clip(0, width - 1)[:, None, :]).to(device)
     out_BSSC = store_NHWC.view(-1, store_NHWC.shape[3]).index_select(0, flat_BSS.flatten())
-    out_BSSC = out_BSSC.view(*flat_BSS.shape, -1)
+    out_BSSC = out_BSSC.view(*flat_BSS.shape, store_NHWC.shape[3])
     if not inside_BSS.all():
         out_BSSC.mul_(torch.from_numpy(inside_BSS).to(device)[..., None])
     return out_BSSC.permute(0, 3, 1, 2)

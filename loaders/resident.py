@@ -1,6 +1,8 @@
 """The ``resident`` loader: the data set as uint8 on the device, whole batches cut out of it by indexing."""
 
+import hashlib
 from collections.abc import Iterator
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -9,6 +11,19 @@ from .base import EpochLoader, LoaderSpec
 from .batch import Batch
 from .datasets import stored_pixels
 from .resample import cut_from_store
+
+
+_STORES: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
+
+
+def _store(spec: LoaderSpec, side: int, device: torch.device) -> torch.Tensor:
+    """The decoded images, on the device; those that another loader of this process still holds are shared."""
+    samples = hashlib.sha256(spec.index_N.tobytes()).hexdigest()
+    key = (spec.dataset.identity(), spec.dataset.source, samples, side, str(device))
+    store = _STORES.get(key)
+    if store is None:
+        store = _STORES[key] = stored_pixels(spec.dataset, spec.index_N, side).to(device)
+    return store
 
 
 class ResidentLoader(EpochLoader):
@@ -20,10 +35,8 @@ class ResidentLoader(EpochLoader):
 
     def __init__(self, spec: LoaderSpec, device: torch.device | str = "cpu") -> None:
         super().__init__(spec, device)
-        self._store_NHWC = stored_pixels(spec.dataset, spec.index_N, spec.stored).to(self.device)
-        self._still_NHWC = None
-        if spec.still and spec.stored:
-            self._still_NHWC = stored_pixels(spec.dataset, spec.index_N, spec.still).to(self.device)
+        self._store_NHWC = _store(spec, spec.stored, self.device)
+        self._still_NHWC = _store(spec, spec.still, self.device) if spec.still and spec.stored else None
         self._row_of = np.full(len(spec.dataset), -1, dtype=np.int64)
         self._row_of[spec.index_N] = np.arange(len(spec.index_N))
 

@@ -63,7 +63,7 @@ class _Cutter:
         except ValueError as error:  # raised again where the batch is consumed, without the worker's traceback
             return error
         stored = [centre_square(i, spec.stored) for i in images] if spec.stored else images
-        size_B2 = np.array([i.shape[:2] for i in stored])
+        size_B2 = np.array([i.shape[:2] for i in stored]).reshape(-1, 2)
         view = spec.view(self.epoch, index_B, size_B2[:, 0], size_B2[:, 1])
         pixels = _cut_each(stored, view, spec.size)
         still = torch.empty(0, dtype=torch.uint8)
@@ -76,9 +76,9 @@ class _Cutter:
 
 
 def _cut_each(images: list[np.ndarray], view: View, size: int) -> torch.Tensor:
-    out_BHWC = torch.empty(len(images), size, size, images[0].shape[2], dtype=torch.uint8)
+    out_BHWC = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
     for b, image in enumerate(images):
         one = View(view.box_B4[b : b + 1], view.flip_B2[b : b + 1], view.number_B[b : b + 1])
-        image_1HWC = torch.from_numpy(np.ascontiguousarray(image))[None]
+        image_1HWC = torch.from_numpy(np.require(image, requirements="CW"))[None]
         out_BHWC[b] = cut(image_1HWC, one, size)[0].permute(1, 2, 0)
     return out_BHWC.permute(0, 3, 1, 2)

@@ -75,7 +75,7 @@ class ViewPlan:
         """
         index_B = np.asarray(index_B, dtype=np.int64)
         height_B, width_B, epoch_B = (np.broadcast_to(np.int64(a), index_B.shape) for a in (height_B, width_B, epoch))
-        number_B = epoch_B % self.views if self.views else epoch_B
+        number_B = epoch_B % self.views if self.views else epoch_B.copy()
         if self.crop == "pad":
             box_B4 = pad_crop(seed, number_B, index_B, height_B, width_B, self.pad)
         elif self.crop == "random_resized":

@@ -1,0 +1,81 @@
+"""Shared by all tests: optional parts that may not be skipped in silence, GPU tests, and the command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasttrain.doctor import OPTIONAL, available
+from fasttrain.recipe import Recipe, load
+
+REQUIRED = {part for part in os.environ.get("FASTTRAIN_REQUIRE", "").split(",") if part}
+
+
+def pytest_configure(config):
+    unknown = REQUIRED - set(OPTIONAL)
+    if unknown:
+        raise pytest.UsageError(f"FASTTRAIN_REQUIRE names {sorted(unknown)}; there are {sorted(OPTIONAL)}")
+
+
+def pytest_collection_modifyitems(items):
+    """GPU tests are skipped without a GPU, unless FASTTRAIN_REQUIRE_GPU says that there has to be one."""
+    if torch.cuda.is_available() or os.environ.get("FASTTRAIN_REQUIRE_GPU"):
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def need():
+    """``need("ffcv")`` skips the test if the part is not here, and fails it if FASTTRAIN_REQUIRE names it."""
+
+    def check(part: str) -> None:
+        works, note = available(part)
+        if not works:
+            (pytest.fail if part in REQUIRED else pytest.skip)(f"{part} is not here: {note}")
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def _settings():
+    """Two threads, as in CI, and no test that depends on the random state another one left."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def smoke(tmp_path):
+    """The smoke recipe with changes, its runs under the test's own folder."""
+
+    def make(*overrides: str) -> Recipe:
+        return load("smoke", ["--run.dir", str(tmp_path / "runs"), "--run.tensorboard", "false", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def fasttrain(tmp_path):
+    """The real command line, in a process of its own and in the test's own folder."""
+
+    def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "fasttrain", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The source tree."""
+    return Path(__file__).parent.parent

@@ -1,0 +1,112 @@
+"""Targets: parameter counts as published, taps, heads, and the transfer module written out plainly."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fasttrain.build import build_target
+from fasttrain.models import BACKBONES, build_backbone
+from fasttrain.recipe import Recipe, Target, Transfer
+from fasttrain.transfer import LinearHead, TransferModule
+
+TWO = {"imagenet": 1000, "places": 365}
+# the published code's counts (10 classes): alone, linear heads, transfer modules
+COUNTS = {
+    "resnet20": (269_722, 358_447, 435_503),
+    "resnet32": (464_154, 552_879, 629_935),
+    "resnet44": (658_586, 747_311, 824_367),
+}
+
+
+def target_of(model: str = "resnet20", module: bool = False, sources=TWO, combine: str = "sum"):
+    recipe = Recipe(target=Target(model=model), transfer=Transfer(module=module, combine=combine))
+    return build_target(recipe, 10, sources)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("model", COUNTS)
+def test_parameter_counts(model):
+    alone, linear, module = COUNTS[model]
+    assert count(target_of(model, sources={})) == alone
+    assert count(target_of(model)) == linear
+    assert count(target_of(model, module=True)) == module
+
+
+@pytest.mark.parametrize("model", BACKBONES)
+def test_taps(model):
+    backbone = build_backbone(model).eval()
+    taps = backbone(torch.randn(2, 3, 32, 32))
+    assert [tuple(t.shape[1:]) for t in taps] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    assert tuple(t.shape[1] for t in taps) == backbone.tap_channels
+    assert backbone.pool(taps[-1]).shape == (2, backbone.feature_dim)
+    assert all((t >= 0).all() for t in taps)  # after the ReLU
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_auxiliary_heads_run_only_when_asked(module):
+    target = target_of(module=module)
+    pixels = torch.randn(4, 3, 24, 24)
+    assert target(pixels).aux_logits_BC is None
+    out = target(pixels, aux=True)
+    assert out.logits_BK.shape == (4, 10)
+    assert out.aux_logits_BC.shape == (4, 1365)
+    assert target_of(sources={})(pixels, aux=True).aux_logits_BC is None
+
+
+def test_heads_are_side_by_side_in_the_sources_order():
+    target = target_of().eval()
+    pixels = torch.randn(2, 3, 24, 24)
+    taps = target.backbone(pixels)
+    feature = target.backbone.pool(taps[-1])
+    out = target(pixels, aux=True).aux_logits_BC
+    assert torch.equal(out[:, :1000], target.aux_heads["imagenet"](taps, feature))
+    assert torch.equal(out[:, 1000:], target.aux_heads["places"](taps, feature))
+
+
+def test_option_a_shortcut():
+    """With the residual branch zeroed, a stage's first block takes every second pixel and pads channels with zeros."""
+    backbone = build_backbone("resnet20").eval()
+    block = backbone.stages[1][0]
+    torch.nn.init.zeros_(block.bn2.weight)
+    x = torch.rand(2, 16, 8, 8)
+    out = block(x.clone())
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert not out[:, :8].any() and not out[:, 24:].any()
+
+
+@pytest.mark.parametrize("combine", ["sum", "mean"])
+def test_transfer_module_is_what_the_figure_shows(combine):
+    """Fig. 3 with every operation written out."""
+    module = TransferModule((16, 32, 64), 64, 100, combine).eval()
+    taps = [torch.randn(2, c, s, s) for c, s in ((16, 16), (32, 8), (64, 4))]
+    total = 0
+    for branch, x in zip(module.branches, taps, strict=True):
+        convs = [m for m in branch if isinstance(m, torch.nn.Conv2d)]
+        norms = [m for m in branch if isinstance(m, torch.nn.BatchNorm2d)]
+        assert [(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0]) for c in convs] == [
+            (x.shape[1], 32, 1, 1),
+            (32, 32, 3, 2),
+            (32, 64, 1, 1),
+        ]
+        for conv, norm in zip(convs, norms, strict=True):
+            x = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+            x = (x - norm.running_mean.view(1, -1, 1, 1)) / (norm.running_var.view(1, -1, 1, 1) + norm.eps).sqrt()
+            x = F.relu(x * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1))
+        total = total + F.adaptive_avg_pool2d(x, 1).flatten(1)
+    if combine == "mean":
+        total = total / 3
+    assert torch.allclose(module(taps, torch.empty(0)), module.linear(total), atol=1e-5)
+
+
+def test_linear_head_is_one_layer_on_the_feature():
+    head = LinearHead(64, 7)
+    feature = torch.randn(3, 64)
+    assert torch.equal(head([], feature), F.linear(feature, head.linear.weight, head.linear.bias))
+
+
+def test_unknown_backbone():
+    with pytest.raises(ValueError, match="no backbone is called 'resnet99'; there are resnet20"):
+        build_backbone("resnet99")
