@@ -116,7 +116,9 @@ def open_data(recipe: Recipe) -> Dataset:
     data = recipe.data
     dataset = open_dataset(data.name, data.root, val_share=data.val_share, verify=data.verify)
     if recipe.target.classes not in (0, len(dataset.classes)):
-        raise ValueError(f"target.classes: {recipe.target.classes}, but {dataset.name} has {len(dataset.classes)} classes")
+        raise ValueError(
+            f"target.classes: {recipe.target.classes}, but {dataset.name} has {len(dataset.classes)} classes"
+        )
     for split in ("train", "val", "test"):
         if not len(dataset.splits[split]):
             raise ValueError(f"data: the {split} split of {dataset.name} is empty; see data.val_share")
@@ -173,9 +175,7 @@ def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int]) -
     heads: dict[str, AuxiliaryHead] = {}
     for name, count in source_classes.items():
         if recipe.transfer.module:
-            heads[name] = TransferModule(
-                backbone.tap_channels, backbone.transfer_width, count, recipe.transfer.combine
-            )
+            heads[name] = TransferModule(backbone.tap_channels, backbone.transfer_width, count, recipe.transfer.combine)
         else:
             heads[name] = LinearHead(backbone.feature_dim, count)
     return Target(backbone, classes, heads)

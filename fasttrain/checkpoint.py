@@ -60,7 +60,17 @@ def _some(names) -> str:
     return ", ".join(list(names)[:4]) + (", .." if len(names) > 4 else "")
 
 
-_MAY_DIFFER = {"dir", "device", "compile", "threads", "parallel", "seeds", "log_every", "tensorboard", "checkpoint_every"}
+_MAY_DIFFER = {
+    "dir",
+    "device",
+    "compile",
+    "threads",
+    "parallel",
+    "seeds",
+    "log_every",
+    "tensorboard",
+    "checkpoint_every",
+}
 _MAY_DIFFER |= {"checkpoint_steps"}
 
 

@@ -9,8 +9,10 @@ from importlib import metadata
 USAGE = """\
 usage: fasttrain COMMAND ...
 
-  train RECIPE [--field value ...]       train, or go on where it stopped; RECIPE: a packaged name (demo, smoke, ..) or a YAML file
-  describe [RECIPE] [--field value ...]  what would run: parameters, FLOPs, memory, back ends (--json, --source-classes 1000,365)
+  train RECIPE [--field value ...]       train, or go on where it stopped; RECIPE: a packaged
+                                         name (demo, smoke, ..) or a YAML file
+  describe [RECIPE] [--field value ...]  what would run: parameters, FLOPs, memory, back ends
+                                         (--json, --source-classes 1000,365)
   eval RUN [--split test|val] [--field value ...]
                                          figures of a run's folder or checkpoint (--json)
   export RUN --out FILE                  the trained target alone, as an exported program (.pt2)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from queue import Empty
 from statistics import mean, median, stdev
@@ -105,7 +106,7 @@ def _in_turn(jobs: list[Job], root: Path, watch) -> list[dict[str, Any]]:
     if len(jobs) > 1:  # every row's mistakes come to light before the first is trained
         for job in _first_of_each_row(jobs):
             _built(job)
-    return [_train(job, root, lambda line, job=job: watch(job.label, line)) for job in jobs]
+    return [_train(job, root, partial(watch, job.label)) for job in jobs]
 
 
 def _train(job: Job, root: Path, watch: Watcher) -> dict[str, Any]:

@@ -31,6 +31,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.close(folder)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a process that was killed left unfinished in ``folder``; no other may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole."""
     write_whole(path, lambda file: file.write(text.encode()))

@@ -8,8 +8,8 @@ import torch
 from . import checkpoint, trainer
 from .build import Parts, build, build_target
 from .files import write_whole
-from .recipe import Recipe, Transfer, from_dict, load, to_yaml
 from .models import Target
+from .recipe import Recipe, Transfer, from_dict, to_yaml
 
 
 def evaluate_run(name: str, split: str, overrides: list[str]) -> dict[str, Any]:
@@ -26,11 +26,16 @@ def evaluate_run(name: str, split: str, overrides: list[str]) -> dict[str, Any]:
     if split not in ("test", "val"):
         raise ValueError(f"--split is test or val, not {split!r}")
     path, state = _open(name)
-    recipe = _alone(_changed(from_dict(state["recipe"]), overrides))
+    recipe = _alone(from_dict(state["recipe"], overrides))
     parts: Parts = build(recipe)
     checkpoint.load_target(parts.target, _without_heads(state), path, parts.dataset.classes)
     figures = trainer.evaluate(parts, parts.target, split)
-    return {"checkpoint": str(path), "split": split, "images": len(parts.loaders[split].spec.index_N), "figures": figures}
+    return {
+        "checkpoint": str(path),
+        "split": split,
+        "images": len(parts.loaders[split].spec.index_N),
+        "figures": figures,
+    }
 
 
 def export(name: str, out: str) -> str:
@@ -79,16 +84,6 @@ def _open(name: str) -> tuple[Path, dict[str, Any]]:
         if not path.is_file():
             raise ValueError(f"{name} is no run's folder: it has no checkpoints/selected.pt")
     return path, checkpoint.load(path)
-
-
-def _changed(recipe: Recipe, overrides: list[str]) -> Recipe:
-    """The recipe with fields changed as on the command line."""
-    import tempfile
-
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(to_yaml(recipe))
-        file.flush()
-        return load(file.name, overrides)
 
 
 def _alone(recipe: Recipe) -> Recipe:

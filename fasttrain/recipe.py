@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -265,28 +266,17 @@ def load(name: str | None = None, overrides: list[str] | tuple[str, ...] = (), p
     Raises:
         ValueError: no such recipe, a field that does not exist, a value of the wrong type.
     """
-    reader = parser(prog)
-    given: list[str] = []
+    content: dict[str, Any] = {}
     if name is not None:
         path = recipe_path(name)
-        text = path.read_text()
         try:
-            content = yaml.safe_load(text) or {}
+            content = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds no fields")
-        _no_unknown(content, Recipe, "")
-        given += ["--config", str(path)]
-        if "name" not in content:
-            given += ["--name", path.stem]
-    try:
-        recipe = reader.instantiate(reader.parse_args([*given, *_aliases(overrides)]))
-    except ArgumentError as error:
-        raise ValueError(_sentence(str(error))) from None
-    out = Recipe(**{f.name: getattr(recipe, f.name) for f in fields(Recipe)})
-    _check(out)
-    return out
+        content.setdefault("name", path.stem)
+    return from_dict(content, overrides, prog)
 
 
 def row(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -298,11 +288,20 @@ def row(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     return from_dict(content)
 
 
-def from_dict(content: dict[str, Any]) -> Recipe:
-    """A recipe from nested fields, checked like one from a file."""
-    reader = parser("fasttrain")
+def from_dict(content: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), prog: str = "fasttrain") -> Recipe:
+    """A recipe from nested fields, and further ones as on the command line.
+
+    Raises:
+        ValueError: a field that does not exist, a value of the wrong type or out of range.
+    """
+    _no_unknown(content, Recipe, "")
+    given = _aliases(overrides)
+    # the parser would merge a list given twice item by item; here the later one stands alone
+    lists = [name for name in ("sources", "rows") if any(re.match(rf"--{name}(=|$)", g) for g in given)]
+    content = {k: v for k, v in content.items() if k not in lists}
+    reader = parser(prog)
     try:
-        made = reader.instantiate(reader.parse_object(content))
+        made = reader.instantiate(reader.parse_args(["--config", yaml.safe_dump(content), *given]))
     except ArgumentError as error:
         raise ValueError(_sentence(str(error))) from None
     out = Recipe(**{f.name: getattr(made, f.name) for f in fields(Recipe)})
@@ -315,34 +314,36 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
 
 
-def _check(recipe: Recipe) -> None:
-    """What types alone do not say."""
-    r = recipe
-    positive = {"data.size": r.data.size, "data.batch": r.data.batch, "optim.epochs": r.optim.epochs}
-    positive |= {"run.seeds": r.run.seeds, "run.eval_every": r.run.eval_every, "run.parallel": r.run.parallel}
-    positive |= {"run.checkpoint_every": r.run.checkpoint_every, "run.log_every": r.run.log_every}
-    positive |= {"transfer.temperature": r.transfer.temperature}
-    not_negative = {"data.views": r.data.views, "data.pad": r.data.pad, "data.stored": r.data.stored}
-    not_negative |= {"data.seed": r.data.seed, "run.seed": r.run.seed, "data.workers": r.data.workers}
-    not_negative |= {"data.labelled": r.data.labelled, "optim.lr": r.optim.lr, "transfer.alpha": r.transfer.alpha}
-    not_negative |= {"transfer.still": r.transfer.still, "target.classes": r.target.classes}
-    not_negative |= {"optim.weight_decay": r.optim.weight_decay, "optim.warmup_epochs": r.optim.warmup_epochs}
-    not_negative |= {"optim.clip_norm": r.optim.clip_norm, "run.checkpoint_steps": r.run.checkpoint_steps}
-    shares = {"optim.ema": r.optim.ema, "optim.label_smoothing": r.optim.label_smoothing, "data.val_share": r.data.val_share}
-    for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{name}: {value} is not above 0")
-    for name, value in not_negative.items():
-        if not value >= 0:
-            raise ValueError(f"{name}: {value} is below 0")
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name}: {value} is not in [0, 1)")
-    for name, value in {"data.min_area": r.data.min_area, "data.centre_share": r.data.centre_share}.items():
-        if not 0 < value <= 1:
-            raise ValueError(f"{name}: {value} is not in (0, 1]")
+# what types alone do not say: (test, what is said where it fails, fields)
+_RANGES: list[tuple[Callable[[float], bool], str, str]] = [
+    (
+        lambda v: v > 0,
+        "is not above 0",
+        "data.size data.batch transfer.temperature optim.epochs run.seeds run.parallel run.eval_every run.log_every "
+        "run.checkpoint_every",
+    ),
+    (
+        lambda v: v >= 0,
+        "is below 0",
+        "data.labelled data.workers data.stored data.pad data.views data.seed target.classes transfer.alpha "
+        "transfer.still optim.lr optim.weight_decay optim.warmup_epochs optim.clip_norm run.seed run.checkpoint_steps",
+    ),
+    (lambda v: 0 <= v < 1, "is not in [0, 1)", "data.val_share optim.ema optim.label_smoothing"),
+    (lambda v: 0 < v <= 1, "is not in (0, 1]", "data.min_area data.centre_share"),
+]
+
+
+def _check(r: Recipe) -> None:
+    for test, complaint, fields_ in _RANGES:
+        for name in fields_.split():
+            group, _, key = name.partition(".")
+            value = getattr(getattr(r, group), key)
+            if not test(value):
+                raise ValueError(f"{name}: {value} {complaint}")
     if not re.fullmatch(r"[\w.+-][\w.+ -]*", r.name):
         raise ValueError(f"name: {r.name!r} cannot be a folder's name: use letters, digits, '.', '_', '+' and '-'")
+    if any(not s.name or not s.model for s in r.sources):
+        raise ValueError("sources: each needs a name and a model")
     names = [s.name for s in r.sources]
     if len(set(names)) < len(names) or not all(re.fullmatch(r"[A-Za-z_][\w-]*", n) for n in names):
         raise ValueError(f"sources: names must differ and hold letters, digits, '_' and '-' only, not {names}")

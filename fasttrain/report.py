@@ -63,7 +63,7 @@ def _runs(table: dict[str, Any]) -> str:
 
 
 def _table(table: dict[str, Any]) -> str:
-    names = [k for k in table["rows"][0]["test"]]
+    names = list(table["rows"][0]["test"])
     names.sort(key=lambda k: (k != table["metric"], k == "loss"))
     head = "".join(f"<th>{_e(n.replace('_', ' '))}{'' if n == 'loss' else ' %'}" for n in names)
     rows = []
@@ -99,7 +99,9 @@ def _curves(jobs: list, metric: str) -> str:
         for axis, kind, field in ((axes[0], "step", "primary"), (axes[1], "eval", metric)):
             lines = read_lines(job.folder, kind)
             x, y = [line["step"] for line in lines], [line[field] for line in lines]
-            axis.plot(x, y, colour, marker="." if len(x) < 3 else "", label=job.row if first else None, alpha=0.75, lw=1.3)
+            axis.plot(
+                x, y, colour, marker="." if len(x) < 3 else "", label=job.row if first else None, alpha=0.75, lw=1.3
+            )
     for axis, title in ((axes[0], "task loss, training"), (axes[1], f"{metric.replace('_', ' ')} %, validation")):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)

@@ -23,7 +23,10 @@ class Watch:
         self.console, self.epochs, self.runs = console, recipe.optim.epochs, runs
         self.start, self.done = time.monotonic(), 0
         self.bars = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), console=console
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}"),
+            console=console,
         )
         self.tasks: dict[str, Any] = {}
         self.began: dict[str, tuple[float, int]] = {}
@@ -78,7 +81,8 @@ class Watch:
         metric, test = line["metric"], line["test"]
         self._print(
             f"{label}: {metric.replace('_', ' ')} {test[metric]:.2f} % on the test split (epoch {line['selected_epoch']}),"
-            f" {line['images_per_s']:.0f} images/s" + (f"; {self.done} of {self.runs} runs done{rest}" if self.runs > 1 else "")
+            f" {line['images_per_s']:.0f} images/s"
+            + (f"; {self.done} of {self.runs} runs done{rest}" if self.runs > 1 else "")
         )
 
     def _print(self, text: str) -> None:
@@ -90,7 +94,9 @@ def table(content: dict[str, Any]) -> Table:
     metric = content["metric"].replace("_", " ")
     seeds = max(r["seeds"] for r in content["rows"])
     runs = f", {content['side_by_side']} runs side by side" if content["side_by_side"] > 1 else ""
-    out = Table(title=f"{content['name']}: test split, mean ± standard deviation of {seeds} seed{'s' * (seeds > 1)}{runs}")
+    out = Table(
+        title=f"{content['name']}: test split, mean ± standard deviation of {seeds} seed{'s' * (seeds > 1)}{runs}"
+    )
     others = [k for k in content["rows"][0]["test"] if k not in (content["metric"], "loss")]
     for name in ("", metric + " %", *(f"{o.replace('_', ' ')} %" for o in others), "images/s"):
         out.add_column(name, justify="left" if not name else "right")

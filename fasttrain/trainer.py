@@ -16,7 +16,7 @@ import torch
 from . import checkpoint
 from .build import Parts
 from .environment import environment
-from .files import write_json, write_text
+from .files import remove_unfinished, write_json, write_text
 from .loaders import Batch
 from .loaders.resample import to_float
 from .log import Clock, RunLog, Watcher
@@ -37,7 +37,12 @@ class Trainer:
     def __init__(self, parts: Parts, folder: Path, recall: Path, watch: Watcher) -> None:
         recipe = parts.recipe
         self.parts, self.recipe, self.folder, self.watch = parts, recipe, folder, watch
-        self.target, self.task, self.method, self.loader = parts.target, parts.task, parts.method, parts.loaders["train"]
+        self.target, self.task, self.method, self.loader = (
+            parts.target,
+            parts.task,
+            parts.method,
+            parts.loaders["train"],
+        )
         self.optimiser = build_optimiser(recipe.optim, self.target)
         self.schedule = Schedule(recipe.optim, len(self.loader))
         self.average = build_average(recipe.optim, self.target)
@@ -49,9 +54,12 @@ class Trainer:
         self.best: dict[str, Any] = {"epoch": 0, "value": -math.inf, "val": {}}
         self.sums: dict[str, torch.Tensor] = {}
         self.summed = 0
-        self.clock, self.speeds, self.train_seconds = Clock(), [], 0.0
+        self.clock, self.train_seconds = Clock(), 0.0
+        self.speeds: list[float] = []
         kept = self._resume()
-        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / "checkpoints"):
+            place.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(place)
         write_text(folder / "recipe.yaml", to_yaml(recipe))
         self.log = RunLog(folder, watch, tensorboard=recipe.run.tensorboard, keep=kept, step=self.step)
         for line in parts.log:
@@ -181,7 +189,12 @@ class Trainer:
         self.sums, self.summed = {}, 0
         self.speeds.append(images / seconds)
         shares = {f"{part}_share": share for part, share in self.clock.shares().items()}
-        position = {"epoch": self.epoch, "step": self.step, "steps": self.schedule.steps, "lr": self.schedule.lr(self.step - 1)}
+        position = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "steps": self.schedule.steps,
+            "lr": self.schedule.lr(self.step - 1),
+        }
         self.log.write({"kind": "step"} | position | means | {"images_per_s": images / seconds} | shares)
 
     def _note(self, text: str) -> None:

@@ -91,6 +91,9 @@ class EpochLoader:
     def set_epoch(self, epoch: int) -> None:
         self._epoch, self._batch = epoch, 0
 
+    def describe(self) -> str:
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "batch": self._batch}
 
@@ -99,5 +102,5 @@ class EpochLoader:
 
     def _batch_of(self, pixels: torch.Tensor, index_B: np.ndarray, number_B: np.ndarray, still=None) -> Batch:
         targets_B = torch.from_numpy(self.spec.dataset.targets_N[index_B])
-        moved = (torch.from_numpy(a).to(self.device) for a in (index_B, number_B))
-        return Batch(pixels, targets_B.to(self.device), *moved, still=still)
+        index, number = (torch.from_numpy(a).to(self.device) for a in (index_B, number_B))
+        return Batch(pixels, targets_B.to(self.device), index, number, still)

@@ -58,7 +58,7 @@ def centre_square(image_HWC: np.ndarray, side: int) -> np.ndarray:
     short = min(height, width)
     box_B4 = np.array([[(height - short) // 2, (width - short) // 2, short, short]])
     view = View(box_B4, np.zeros((1, 2), dtype=bool), np.zeros(1, dtype=np.int64))
-    out_1CSS = cut(torch.from_numpy(np.require(image_HWC, requirements="CW"))[None], view, side)
+    out_1CSS = cut(torch.from_numpy(np.require(image_HWC, requirements=["C", "W"]))[None], view, side)
     return out_1CSS[0].permute(1, 2, 0).contiguous().numpy()
 
 

@@ -12,7 +12,6 @@ from .batch import Batch
 from .datasets import stored_pixels
 from .resample import cut_from_store
 
-
 _STORES: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
 
 

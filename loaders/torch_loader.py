@@ -23,7 +23,7 @@ class TorchLoader(EpochLoader):
         self.workers = workers
 
     def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:
-        loader = DataLoader(
+        loader: DataLoader = DataLoader(
             _Cutter(self.spec, epoch),  # type: ignore[arg-type]
             batch_sampler=list(walk),  # type: ignore[arg-type]
             collate_fn=_as_is,
@@ -79,6 +79,6 @@ def _cut_each(images: list[np.ndarray], view: View, size: int) -> torch.Tensor:
     out_BHWC = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
     for b, image in enumerate(images):
         one = View(view.box_B4[b : b + 1], view.flip_B2[b : b + 1], view.number_B[b : b + 1])
-        image_1HWC = torch.from_numpy(np.require(image, requirements="CW"))[None]
+        image_1HWC = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None]
         out_BHWC[b] = cut(image_1HWC, one, size)[0].permute(1, 2, 0)
     return out_BHWC.permute(0, 3, 1, 2)

@@ -118,7 +118,10 @@ def random_resized_crop(seed: int, number_B, index_B, height_B, width_B, min_are
         aspect = np.exp((2 * uniform(word_4B[1]) - 1) * np.log(4 / 3))
         box_w, box_h = (np.round(np.sqrt(a)).astype(np.int64) for a in (area * aspect, area / aspect))
         fits = (box_w > 0) & (box_h > 0) & (box_w <= w) & (box_h <= h)
-        top, left = integers(word_4B[2], np.maximum(h - box_h, 0) + 1), integers(word_4B[3], np.maximum(w - box_w, 0) + 1)
+        top, left = (
+            integers(word_4B[2], np.maximum(h - box_h, 0) + 1),
+            integers(word_4B[3], np.maximum(w - box_w, 0) + 1),
+        )
         box_B4[todo[fits]] = np.stack([top, left, box_h, box_w], axis=1)[fits]
         todo = todo[~fits]
     return box_B4

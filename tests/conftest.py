@@ -12,6 +12,8 @@ from fasttrain.doctor import OPTIONAL, available
 from fasttrain.recipe import Recipe, load
 
 REQUIRED = {part for part in os.environ.get("FASTTRAIN_REQUIRE", "").split(",") if part}
+if REQUIRED:
+    REQUIRED.add("elpv")  # `make test` installs it in every case
 
 
 def pytest_configure(config):

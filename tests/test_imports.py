@@ -73,12 +73,18 @@ def test_the_check_sees_a_wrong_import(tmp_path, monkeypatch):
 
 
 def test_loaders_and_kernels_import_alone():
-    code = "import fasttrain.loaders, fasttrain.kernels, sys; print([m for m in sys.modules if m.startswith('fasttrain')])"
+    code = (
+        "import fasttrain.loaders, fasttrain.kernels, sys; print([m for m in sys.modules if m.startswith('fasttrain')])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     names = {m.split(".")[1] for m in ast.literal_eval(out) if "." in m}
     assert names == {"loaders", "kernels"}
 
 
 def test_files_stay_readable():
-    sizes = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for d in ("fasttrain", "loaders", "kernels") for p in files(d)}
+    sizes = {
+        str(p.relative_to(ROOT)): len(p.read_text().splitlines())
+        for d in ("fasttrain", "loaders", "kernels")
+        for p in files(d)
+    }
     assert {name: lines for name, lines in sizes.items() if lines > 500} == {}

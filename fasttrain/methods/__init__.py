@@ -1,16 +1,17 @@
 """Methods: they turn what the target says, labels and soft labels into one loss. A new one is a file and a line here."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
 from fasttrain.models.target import TargetOutput
+from fasttrain.recipe import Transfer
 from fasttrain.sources import SoftTargets
+from fasttrain.tasks import SingleLabel
 
 from .scratch import Scratch
 from .sskt import Sskt
-
-METHODS = {"scratch": Scratch, "sskt": Sskt}
 
 __all__ = ["METHODS", "Method", "Scratch", "Sskt"]
 
@@ -21,3 +22,6 @@ class Method(Protocol):
     def step(self, output: TargetOutput, targets_B: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:
         """Returns ``loss`` (the scalar to differentiate), ``primary``, and ``aux/<source>`` of each source."""
         ...
+
+
+METHODS: dict[str, Callable[[SingleLabel, Transfer], Method]] = {"scratch": Scratch, "sskt": Sskt}

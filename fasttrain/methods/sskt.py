@@ -27,6 +27,4 @@ class Sskt:
             reduction=self.transfer.kd_reduction,
         )
         loss = primary + self.transfer.alpha * aux_M.sum()
-        return {"loss": loss, "primary": primary} | {
-            f"aux/{name}": aux_M[m] for m, name in enumerate(soft.names)
-        }
+        return {"loss": loss, "primary": primary} | {f"aux/{name}": aux_M[m] for m, name in enumerate(soft.names)}

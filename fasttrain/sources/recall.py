@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
+from fasttrain.files import remove_unfinished, write_whole
 from fasttrain.loaders import Batch, LoaderSpec
 from fasttrain.loaders.base import EpochLoader
 
@@ -89,7 +91,7 @@ def recalled(
         device: where they run, and where the tables are then kept.
         report: takes a line on what is being done.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
     paths = [folder / f"{n.spec.name}-{fingerprint(n, spec, dtype)}.npy" for n in networks]
     missing = [(n, p) for n, p in zip(networks, paths, strict=True) if not p.is_file()]
     if missing:
@@ -99,7 +101,8 @@ def recalled(
         start = time.perf_counter()
         _fill(missing, replace(spec, shuffle=False, drop_last=False, batch=_FILL_BATCH), open_loader, dtype)
         took = time.perf_counter() - start
-        report(f"soft targets: {views * samples * len(missing)} in {took:.1f} s ({views * samples / took:.0f} views/s)")
+        count = views * samples * len(missing)
+        report(f"soft targets: {count} in {took:.1f} s ({count / took:.0f} a second)")
     tables = [np.load(p, mmap_mode="c") for p in paths]
     return RecalledSources(tables, [n.spec.name for n in networks], spec.index_N, device)
 
@@ -118,9 +121,8 @@ def _fill(missing: list[tuple[SourceNetwork, Path]], spec: LoaderSpec, open_load
                 table[view, row : row + len(batch)] = logits_BC.float().cpu().numpy()
             row += len(batch)
     for (_, path), table in zip(missing, tables, strict=True):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(temporary, "wb") as file:
-            np.save(file, table)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, partial(_save, table))
+
+
+def _save(table: np.ndarray, file: BinaryIO) -> None:
+    np.save(file, table)

@@ -58,10 +58,11 @@ def read_weights(path: Path, sha256: str = "") -> Weights:
     if sha256 and not digest.startswith(sha256.lower()):
         raise ValueError(f"the weights {path} have the SHA-256 {digest}, not {sha256}: they are another file's")
     try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except pickle.UnpicklingError as error:
         reason = str(error).partition("Please file an issue")[0].partition("GLOBAL ")[2].partition(" by default")[0]
         if reason:

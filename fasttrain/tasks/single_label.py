@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
 
@@ -31,7 +31,7 @@ class SingleLabel:
         """Figures in percent: ``accuracy``, ``balanced_accuracy`` (mean over the classes of the share found), ``top5``
         with more than five classes, ``auroc`` with two; and the mean ``loss`` without label smoothing."""
         logits_NK, targets_N = logits_NK.float().cpu(), targets_N.cpu()
-        metrics = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(self.classes, average="micro"),
             "balanced_accuracy": MulticlassAccuracy(self.classes, average="macro"),
         }

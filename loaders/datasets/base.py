@@ -75,8 +75,8 @@ def read_image(path: Path) -> np.ndarray:
         ValueError: the file is missing, damaged or no image.
     """
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
             return np.asarray(image.convert("RGB"))

@@ -26,7 +26,9 @@ def image_folder(root: Path, *, val_share: float, verify: bool = True) -> Datase
         index_N, targets_N = np.arange(len(paths)), np.array(targets, dtype=np.int64)
         rest, test = split_off(targets_N, index_N, 0.2, purpose=3)
         train, val = split_off(targets_N[rest], rest, val_share, purpose=2)
-        return Dataset("folder", classes, targets_N, Files(paths), {"train": train, "val": val, "test": test}, str(root))
+        return Dataset(
+            "folder", classes, targets_N, Files(paths), {"train": train, "val": val, "test": test}, str(root)
+        )
     paths, targets, classes = _scan(root / "train", None)
     splits = {"train": np.arange(len(paths))}
     for split in given[1:]:
@@ -49,7 +51,9 @@ def _scan(folder: Path, classes: tuple[str, ...] | None) -> tuple[list[Path], li
     if not names:
         raise ValueError(f"data.root: {folder} has no class folders")
     if classes is not None and set(names) - set(classes):
-        raise ValueError(f"data.root: {folder} has classes that train does not have: {sorted(set(names) - set(classes))}")
+        raise ValueError(
+            f"data.root: {folder} has classes that train does not have: {sorted(set(names) - set(classes))}"
+        )
     paths, targets = [], []
     for label, name in enumerate(classes or names):
         found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in _SUFFIXES)

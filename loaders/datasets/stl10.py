@@ -25,7 +25,9 @@ def stl10(root: Path, *, val_share: float, verify: bool = True) -> Dataset:
     names = checked(folder / "class_names.txt", None).decode().split()
     targets_N = np.concatenate(targets)
     if targets_N.min() < 0 or targets_N.max() >= len(names):
-        raise ValueError(f"{folder}: labels go from {targets_N.min() + 1} to {targets_N.max() + 1}, not 1 to {len(names)}")
+        raise ValueError(
+            f"{folder}: labels go from {targets_N.min() + 1} to {targets_N.max() + 1}, not 1 to {len(names)}"
+        )
     index_N = np.arange(len(targets_N))
     splits = train_val_test(targets_N, index_N[: len(targets[0])], index_N[len(targets[0]) :], val_share)
     image_NHWC = np.ascontiguousarray(np.concatenate(images))

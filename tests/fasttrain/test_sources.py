@@ -182,7 +182,10 @@ def test_recall_in_another_order_is_live_within_rounding(smoke, tmp_path):
 
 
 def test_two_sources_are_side_by_side(smoke, tmp_path):
-    two = "[{name: a, model: test_resnet, weights: random, size: 32}, {name: b, model: test_vit, weights: random, classes: 20, size: 160}]"
+    two = (
+        "[{name: a, model: test_resnet, weights: random, size: 32}, "
+        "{name: b, model: test_vit, weights: random, classes: 20, size: 160}]"
+    )
     parts = parts_of(smoke, "--sources", two)
     table = parts.open_sources(tmp_path, lambda _: None)
     assert (table.names, table.class_counts) == (("a", "b"), (1000, 20))

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from fasttrain.kernels import soft_target_loss
 from fasttrain.kernels.reference import soft_target_loss as reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -41,7 +40,12 @@ def test_values(batch, counts, kind, reduction, seed, data):
     rng = np.random.default_rng(seed)
     student, target = (rng.normal(0, 3, (batch, sum(counts))).astype(np.float32) for _ in range(2))
     ours = reference(
-        torch.from_numpy(student), torch.from_numpy(target), counts, kind=kind, temperature=temperatures, reduction=reduction
+        torch.from_numpy(student),
+        torch.from_numpy(target),
+        counts,
+        kind=kind,
+        temperature=temperatures,
+        reduction=reduction,
     )
     theirs = formula(student, target, counts, kind, temperatures, reduction)
     # KL is a difference of two sums of the size of ce's: that is the scale of its rounding; a logarithm near 0 has
@@ -84,7 +88,9 @@ def test_ce_and_kd_have_equal_gradients_and_differ_by_the_entropy(temperature):
 def test_the_published_reduction_divides_by_the_classes():
     student, target = torch.randn(4, 15), torch.randn(4, 15)
     whole = soft_target_loss(student, target, [5, 10], kind="kd")
-    assert torch.allclose(soft_target_loss(student, target, [5, 10], kind="kd", reduction="mean"), whole / torch.tensor([5, 10]))
+    assert torch.allclose(
+        soft_target_loss(student, target, [5, 10], kind="kd", reduction="mean"), whole / torch.tensor([5, 10])
+    )
     theirs = torch.nn.KLDivLoss()(student[:, :5].log_softmax(1), target[:, :5].softmax(1))
     assert torch.allclose(soft_target_loss(student, target, [5, 10], kind="kd", reduction="mean")[0], theirs)
 
@@ -137,7 +143,11 @@ def test_no_gradient_into_the_sources():
     ],
 )
 def test_mistakes(changes, message):
-    arguments = {"student_logits_BC": torch.zeros(2, 6), "target_BC": torch.zeros(2, 6), "class_counts": [2, 4]} | changes
+    arguments = {
+        "student_logits_BC": torch.zeros(2, 6),
+        "target_BC": torch.zeros(2, 6),
+        "class_counts": [2, 4],
+    } | changes
     with pytest.raises(ValueError) as error:
         soft_target_loss(**arguments)
     assert message in str(error.value)

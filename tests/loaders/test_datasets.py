@@ -5,11 +5,10 @@ import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from fasttrain.loaders import datasets as tables
 from fasttrain.loaders import labelled_part, open_dataset
 from fasttrain.loaders.datasets.base import read_image, split_off
+from PIL import Image
 
 from . import samples
 
@@ -137,7 +136,7 @@ def test_truncated_files(tmp_path):
     samples.fashion_mnist(tmp_path, packed=True)
     path = tmp_path / "FashionMNIST/raw/train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match="cannot read .*train-images"):
+    with pytest.raises(ValueError, match=r"cannot read .*train-images"):
         open_dataset("fashion_mnist", tmp_path, verify=False)
     path.write_bytes(gzip.compress(b"\x01\x02\x03\x04" * 8))
     with pytest.raises(ValueError, match="no idx file"):
@@ -160,7 +159,11 @@ def test_a_pickle_with_code_in_it_is_refused(tmp_path, capfd):
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
 def test_modes_become_rgb(tmp_path, mode):
     grey = np.tile(np.arange(64, dtype=np.uint8) * 4, (16, 1))
-    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert("RGB").convert(mode)
+    image = (
+        Image.fromarray(grey.astype(np.uint16) * 257)
+        if mode == "I;16"
+        else Image.fromarray(grey).convert("RGB").convert(mode)
+    )
     path = tmp_path / ("image.tif" if mode in ("CMYK", "I;16") else "image.png")
     image.save(path)
     out = read_image(path)

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
 from fasttrain.loaders import LOADERS, LoaderSpec, ViewPlan, choose_loader, evaluation, open_dataset, open_loader
 
 from . import samples
@@ -72,7 +71,7 @@ def test_pixel_for_pixel_at_the_files_own_size(even_tree, still):
 
 def test_the_torch_loader_takes_files_of_any_size_and_resident_says_what_it_needs(tree):
     assert sum(len(b) for b in open_loader("torch", spec_of(tree))) == 30
-    with pytest.raises(ValueError, match="differ in size .* set data.stored"):
+    with pytest.raises(ValueError, match=r"differ in size .* set data\.stored"):
         open_loader("resident", spec_of(tree))
     assert choose_loader(spec_of(tree))[0] == "torch"
     assert choose_loader(spec_of(tree, stored=24))[0] == "resident"

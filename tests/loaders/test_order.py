@@ -1,10 +1,9 @@
 """The order of an epoch: every index once, the same for every batch size and rank count."""
 
 import numpy as np
+from fasttrain.loaders.order import batch_count, batches, order, rank_part
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from fasttrain.loaders.order import batch_count, batches, order, rank_part
 
 SEED = st.integers(0, 2**64 - 1)
 

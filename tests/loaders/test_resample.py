@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from fasttrain.loaders.resample import centre_square, cut, cut_from_store, enlarge, to_float
+from fasttrain.loaders.views import View, ViewPlan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
-from fasttrain.loaders.resample import centre_square, cut, cut_from_store, enlarge, to_float
-from fasttrain.loaders.views import View, ViewPlan
 
 
 def photographs(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -56,7 +55,9 @@ def test_indexing_and_weights_give_the_same_bytes():
 @given(
     size=st.integers(4, 40),
     boxes=st.lists(
-        st.tuples(st.integers(-5, 30), st.integers(-5, 40), st.integers(1, 40), st.integers(1, 50)), min_size=2, max_size=5
+        st.tuples(st.integers(-5, 30), st.integers(-5, 40), st.integers(1, 40), st.integers(1, 50)),
+        min_size=2,
+        max_size=5,
     ),
     flip=st.booleans(),
 )

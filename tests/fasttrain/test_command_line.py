@@ -1,0 +1,265 @@
+"""The real command line, in processes of its own: what users do wrong, and kills at any moment."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from tests.loaders import samples
+
+
+def refused(result: subprocess.CompletedProcess, *parts: str) -> None:
+    """One clear sentence on stderr, exit code 2, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if "Warning" not in line]
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    said = [line for line in lines if line.startswith("fasttrain: error: ")]
+    assert len(said) == 1 and lines[-1] == said[0], result.stderr
+    for part in parts:
+        assert part in said[0]
+
+
+def nothing_written(folder: Path) -> None:
+    """No run, no table, not even a folder of one: only the lock that guarded the place."""
+    assert [p for p in (folder / "runs").rglob("*") if not p.name.startswith(".")] == []
+
+
+SMOKE = ("train", "smoke", "--run.tensorboard", "false")
+TINY = "{name: t, model: test_resnet, size: 32, "
+
+
+def test_wrong_field(fasttrain, tmp_path):
+    refused(fasttrain(*SMOKE, "--optim.lrr", "1"), "there is no field optim.lrr; did you mean optim.lr?")
+    nothing_written(tmp_path)
+
+
+def test_wrong_type(fasttrain, tmp_path):
+    refused(fasttrain(*SMOKE, "--optim.lr", "fast"), "optim.lr: expected float, got fast")
+    nothing_written(tmp_path)
+
+
+def test_missing_folder(fasttrain, tmp_path):
+    refused(
+        fasttrain(*SMOKE, "--data.name", "folder", "--data.root", "/no/such"), "data.root: there is no folder /no/such"
+    )
+    nothing_written(tmp_path)
+
+
+def test_unreadable_image(fasttrain, tmp_path):
+    root = samples.image_tree(tmp_path / "data", {"a": 12, "b": 12})
+    (root / "b/004.png").write_bytes(b"\x89PNG but not really")
+    data = ("--data.name", "folder", "--data.root", str(root), "--data.stored", "24", "--method.name", "scratch")
+    refused(fasttrain(*SMOKE, *data), "cannot read the image", "b/004.png")
+    nothing_written(tmp_path)
+
+
+def test_unreadable_image_met_while_training_from_files(fasttrain, tmp_path):
+    root = samples.image_tree(tmp_path / "data", {"a": 12, "b": 12})
+    for i in range(12):
+        (root / f"b/{i:03}.png").write_bytes(b"\x89PNG but not really")
+    data = ("--data.name", "folder", "--data.root", str(root), "--data.loader", "torch", "--data.workers", "1")
+    refused(fasttrain(*SMOKE, *data, "--method.name", "scratch"), "cannot read the image", "b/0")
+    assert list((tmp_path / "runs").rglob("*.pt")) == []
+
+
+def test_empty_class_folder(fasttrain, tmp_path):
+    root = samples.image_tree(tmp_path / "data", {"a": 4})
+    (root / "b").mkdir()
+    refused(fasttrain(*SMOKE, "--data.name", "folder", "--data.root", str(root)), "the class folder", "holds no images")
+    nothing_written(tmp_path)
+
+
+def test_unknown_source(fasttrain, tmp_path):
+    refused(
+        fasttrain(*SMOKE, "--sources", "[{name: t, model: resnet5000}]"), "network called 'resnet5000'; did you mean"
+    )
+    refused(fasttrain(*SMOKE, "--transfer.sources", "[other]"), "no source is called 'other'; the recipe has ['tiny']")
+    nothing_written(tmp_path)
+
+
+def test_weights_that_do_not_fit(fasttrain, tmp_path):
+    torch.save(timm.create_model("test_resnet", num_classes=9).state_dict(), tmp_path / "nine.pth")
+    sources = f"[{TINY} weights: {tmp_path}/nine.pth}}]"
+    refused(fasttrain(*SMOKE, "--sources", sources), "do not fit test_resnet", "set the source's classes to 9?")
+    nothing_written(tmp_path)
+
+
+class _Trap:
+    def __reduce__(self):
+        return (os.system, ("touch code-ran",))
+
+
+def test_a_pickle_with_code_in_it(fasttrain, tmp_path):
+    torch.save({"state_dict": _Trap()}, tmp_path / "trap.pth")
+    refused(fasttrain(*SMOKE, "--sources", f"[{TINY} weights: {tmp_path}/trap.pth}}]"), "hold code", "were not loaded")
+    refused(fasttrain("eval", str(tmp_path / "trap.pth")), "holds code and was not loaded")
+    assert not (tmp_path / "code-ran").exists()
+    nothing_written(tmp_path)
+
+
+def test_class_count_mismatch_with_a_checkpoint(fasttrain, tmp_path):
+    root = samples.image_tree(tmp_path / "data", {"a": 30, "b": 30})
+    data = ("--data.name", "folder", "--data.root", str(root), "--data.stored", "24", "--method.name", "scratch")
+    done = fasttrain(*SMOKE, *data, "--optim.epochs", "1")
+    assert done.returncode == 0, done.stderr
+    before = (tmp_path / "runs/smoke/checkpoints/last.pt").read_bytes()
+    samples.image_tree(tmp_path / "more", {"c": 30})
+    (tmp_path / "more/c").rename(root / "c")
+    message = ("is of 2 classes (a, b), and the data has 3 (a, b, c)",)
+    refused(fasttrain(*SMOKE, *data, "--optim.epochs", "1"), *message)
+    refused(fasttrain("eval", "runs/smoke"), *message)
+    assert (tmp_path / "runs/smoke/checkpoints/last.pt").read_bytes() == before
+
+
+def test_damaged_checkpoint(fasttrain, tmp_path):
+    assert fasttrain(*SMOKE, "--optim.epochs", "1").returncode == 0
+    path = tmp_path / "runs/smoke/checkpoints/last.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    refused(fasttrain(*SMOKE, "--optim.epochs", "1"), "cannot read the checkpoint", "last.pt")
+
+
+def test_other_mistakes(fasttrain, tmp_path):
+    refused(fasttrain("trian"), "there is no command 'trian'; there are train, describe, eval, export, doctor")
+    refused(fasttrain("train"), "train needs a recipe")
+    refused(fasttrain("train", "nothing"), "no packaged recipe is called 'nothing'")
+    refused(fasttrain("eval", str(tmp_path)), "is no run's folder")
+    refused(fasttrain(*SMOKE, "--run.device", "cuda:9"), "run.device: cuda:9 is not here")
+    (tmp_path / "file").write_text("")
+    refused(fasttrain(*SMOKE, "--run.dir", "file/runs"), "run.dir: cannot write to")
+
+
+def test_help_and_version(fasttrain):
+    assert "usage: fasttrain COMMAND" in fasttrain("--help").stdout
+    out = fasttrain("train", "--help")
+    assert out.returncode == 0 and "Peak learning rate." in out.stdout
+    assert fasttrain("--version").stdout.strip()[0].isdigit()
+
+
+def test_train_eval_export_describe(fasttrain, tmp_path):
+    """What a user does in a row."""
+    done = fasttrain(*SMOKE, "--optim.epochs", "3")
+    assert done.returncode == 0, done.stderr
+    assert "images/s" in done.stdout and "runs/smoke/report.html" in done.stdout
+    summary = json.loads((tmp_path / "runs/smoke/summary.json").read_text())
+    said = json.loads(fasttrain("eval", "runs/smoke", "--json").stdout)
+    assert said["figures"] == summary["test"] and said["images"] == 80
+    assert json.loads(fasttrain("eval", "runs/smoke", "--split", "val", "--json").stdout)["figures"] == summary["val"]
+    out = fasttrain("export", "runs/smoke", "--out", "target.pt2")
+    assert out.returncode == 0 and "3 classes" in out.stdout, out.stderr
+    check = (
+        "import torch; from fasttrain.loaders import *; p = torch.export.load('target.pt2').module();"
+        "d = open_dataset('toy'); s = LoaderSpec(d, d.splits['test'], evaluation(), 24, 24, 80, shuffle=False);"
+        "b = next(iter(open_loader('resident', s)));"
+        "print(float((p(b.pixels.float().contiguous()).argmax(1) == b.targets).float().mean()) * 100)"
+    )
+    code = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True)
+    assert float(code.stdout.split()[-1]) == pytest.approx(summary["test"]["accuracy"], abs=1e-3), code.stderr
+    text = fasttrain("describe", "smoke").stdout
+    assert "parameters: 269,267 of the target alone" in text
+
+
+def test_describe_without_any_weights(fasttrain):
+    arguments = ("--target.model", "resnet20", "--target.classes", "10", "--source-classes", "1000,365", "--json")
+    plain = json.loads(fasttrain("describe", *arguments).stdout)
+    assert plain["parameters"] == {"target": 269_722, "training": 358_447}
+    module = json.loads(fasttrain("describe", *arguments, "--transfer.module", "true", "--data.size", "96").stdout)
+    assert module["parameters"] == {"target": 269_722, "training": 435_503}
+    assert module["flops_per_image"]["target_training"] == pytest.approx(2.69e9, rel=0.01)  # as published code's
+
+
+def test_doctor(fasttrain):
+    content = json.loads(fasttrain("doctor", "--json").stdout)
+    assert content["optional"]["triton"]["works"] is True
+    assert set(content["uses"]) == {"device", "precision", "loader", "soft-target losses", "optimiser"}
+    assert "apex: " in fasttrain("doctor").stdout
+
+
+def test_two_processes_in_one_folder(fasttrain, tmp_path):
+    first = start(tmp_path, "--optim.epochs", "400")
+    try:
+        wait_for(tmp_path / "runs/smoke/checkpoints/last.pt", first)
+        refused(fasttrain(*SMOKE, "--optim.epochs", "400"), "another process is training in runs/smoke")
+    finally:
+        first.kill()
+        first.wait()
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fasttrain", *SMOKE, *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
+
+
+def losses(folder: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["kind"], line["step"], line["loss"]) for line in lines]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(fasttrain, tmp_path):
+    """kill -9 at random moments, again and again; what is left always goes on, to the very same curve."""
+    length = ("--optim.epochs", "12", "--run.checkpoint_steps", "1", "--run.log_every", "1")
+    assert fasttrain(*SMOKE, *length, "--name", "whole").returncode == 0
+    moments = random.Random(5)
+    last = tmp_path / "runs/smoke/checkpoints/last.pt"
+    kills = 0
+    for _ in range(4):
+        process = start(tmp_path, *length)
+        if kills:  # it has a checkpoint already: let it come to where it trains
+            size = (tmp_path / "runs/smoke/metrics.jsonl").stat().st_mtime_ns
+            while process.poll() is None and (tmp_path / "runs/smoke/metrics.jsonl").stat().st_mtime_ns == size:
+                time.sleep(0.02)
+        else:
+            wait_for(last, process)
+        time.sleep(moments.uniform(0, 0.8))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        position = torch.load(last, weights_only=True)["position"]
+        assert position["step"] > 0
+    assert kills >= 2
+    done = fasttrain(*SMOKE, *length)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    assert losses(tmp_path / "runs/smoke") == losses(tmp_path / "runs/whole")
+    summaries = [json.loads((tmp_path / f"runs/{n}/summary.json").read_text())["test"] for n in ("smoke", "whole")]
+    assert summaries[0] == summaries[1]
+    assert list((tmp_path / "runs/smoke").rglob("*.tmp")) == []
+
+
+@pytest.mark.slow
+def test_killed_while_runs_train_side_by_side(tmp_path):
+    """The processes that train go with the one that started them."""
+    process = start(tmp_path, "--seeds", "2", "--run.parallel", "2", "--run.threads", "1", "--optim.epochs", "500")
+    for seed in (0, 1):
+        wait_for(tmp_path / f"runs/smoke/seed{seed}/checkpoints/last.pt", process)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not any(
+            Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+            for pid in children
+        ):
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("a child outlived its parent")

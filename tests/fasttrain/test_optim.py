@@ -1,0 +1,84 @@
+"""The learning rate against torch's own schedulers, and the moving average."""
+
+import pytest
+import torch
+from torch.optim import SGD, lr_scheduler
+
+from fasttrain.optim import Schedule, build_average, build_optimiser
+from fasttrain.recipe import Optim
+
+
+def theirs(make, steps: int, lr: float = 0.3) -> list[float]:
+    optimiser = SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler = make(optimiser)
+    out = []
+    for _ in range(steps):
+        out.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        scheduler.step()
+    return out
+
+
+def ours(steps: int, **fields) -> list[float]:
+    schedule = Schedule(Optim(lr=0.3, epochs=10, **fields), 7)
+    return [schedule.lr(s) for s in range(steps)]
+
+
+def test_one_cycle():
+    expected = theirs(lambda o: lr_scheduler.OneCycleLR(o, 0.3, total_steps=70, cycle_momentum=False), 69)
+    assert ours(69, schedule="onecycle") == pytest.approx(expected, rel=1e-9)
+
+
+def test_cosine():
+    expected = theirs(lambda o: lr_scheduler.CosineAnnealingLR(o, 70), 70)
+    assert ours(70, schedule="cosine") == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_steps():
+    expected = theirs(lambda o: lr_scheduler.MultiStepLR(o, [3 * 7, 8 * 7], 0.2), 70)
+    assert ours(70, schedule="step", milestones=[3, 8]) == pytest.approx(expected)
+
+
+def test_constant_and_warm_up():
+    assert ours(70, schedule="constant") == [0.3] * 70
+    rising = ours(70, schedule="constant", warmup_epochs=2)
+    assert rising[:3] == pytest.approx([0.3 / 14, 0.6 / 14, 0.9 / 14])
+    assert rising[13:] == [0.3] * 57
+    cosine = ours(70, schedule="cosine", warmup_epochs=2)
+    assert max(cosine) == pytest.approx(0.3) and cosine.index(max(cosine)) in (13, 14)
+
+
+def test_plateau():
+    losses = [1.0, 0.9, 0.95, 0.95, 0.95, 0.8, 0.9, 0.9, 0.9, 0.9]
+    optimiser = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.2, patience=2)
+    schedule = Schedule(Optim(lr=0.3, epochs=10, schedule="plateau", gamma=0.2, patience=2), 7)
+    restored = Schedule(schedule.spec, 7)
+    for loss in losses:
+        scheduler.step(loss)
+        restored.load_state_dict(schedule.state_dict())
+        schedule.heard(loss)
+        restored.heard(loss)
+        assert schedule.lr(0) == restored.lr(0) == pytest.approx(optimiser.param_groups[0]["lr"])
+    assert schedule.lr(0) == pytest.approx(0.3 * 0.2**2)
+
+
+def test_the_optimiser_is_the_papers_sgd():
+    network = torch.nn.Linear(3, 2)
+    optimiser = build_optimiser(Optim(nesterov=True, dampening=0.0), network)
+    group = optimiser.param_groups[0]
+    assert (group["momentum"], group["weight_decay"], group["nesterov"], group["fused"]) == (0.9, 5e-4, True, True)
+    assert len(group["params"]) == 2
+
+
+def test_moving_average():
+    network = torch.nn.Linear(2, 2, bias=False)
+    average = build_average(Optim(ema=0.9), network)
+    expected = network.weight.detach().clone()
+    for step in range(4):
+        with torch.no_grad():
+            network.weight += 1
+        average.update_parameters(network)
+        expected = network.weight.detach().clone() if step == 0 else 0.9 * expected + 0.1 * network.weight.detach()
+    assert torch.allclose(average.module.weight, expected)
+    assert build_average(Optim(), network) is None

@@ -1,0 +1,281 @@
+"""The loop: bit-identical when resumed, exact in what it optimises, silent sources in evaluation."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fasttrain.loaders.resample import to_float
+
+from fasttrain import trainer as trainer_module
+from fasttrain.build import build
+from fasttrain.compare import jobs_of, run
+from fasttrain.log import read_lines
+from fasttrain.sources import SourceNetwork
+from fasttrain.tasks import SingleLabel
+from fasttrain.trainer import Trainer
+
+
+class Stopped(BaseException):
+    """Stands for a kill: nothing in the code under test handles it."""
+
+
+def fit(recipe, stop_at: int | None = None, lines: list | None = None) -> Path:
+    """Runs a recipe's one run; ``stop_at``: as if killed after so many lines of its log."""
+    (job,) = jobs_of(recipe)
+    seen = [] if lines is None else lines
+
+    def watch(line) -> None:
+        seen.append(line)
+        if stop_at is not None and sum(s["kind"] in ("step", "eval") for s in seen) == stop_at:
+            raise Stopped
+
+    Trainer(build(job.recipe), job.folder, Path(recipe.run.dir) / recipe.name / "recall", watch).fit()
+    return job.folder
+
+
+def curve(folder: Path) -> list[tuple]:
+    """All that training computed, without times."""
+    steps = [(s["step"], s["loss"], s["primary"], s["lr"]) for s in read_lines(folder, "step")]
+    return steps + [(e["epoch"], e["loss"], e["accuracy"]) for e in read_lines(folder, "eval")]
+
+
+VARIANTS = {
+    "sskt": (),
+    "scratch": ("--method.name", "scratch"),
+    "live": ("--transfer.recall", "false"),
+    "module": ("--transfer.module", "true", "--transfer.loss", "kd", "--transfer.temperature", "2"),
+    "ema, clip, plateau": ("--optim.ema", "0.9", "--optim.clip_norm", "1", "--optim.schedule", "plateau"),
+    "files": ("--data.loader", "torch", "--data.workers", "0", "--data.views", "0"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_stopped_and_resumed_is_bit_identical(smoke, tmp_path, variant):
+    common = (*variant, "--run.log_every", "1", "--run.checkpoint_steps", "2", "--optim.epochs", "3")
+    whole = fit(smoke(*common, "--name", "whole"))
+    stopped = smoke(*common, "--name", "stopped")
+    for stop_at in (4, 4, 4):  # inside the first epoch, then wherever that gets to
+        with pytest.raises(Stopped):
+            fit(stopped, stop_at)
+    lines: list = []
+    folder = fit(stopped, None, lines)
+    assert any(line["kind"] == "note" and line["text"].startswith("going on from") for line in lines)
+    assert curve(folder) == curve(whole)
+    first, second = (torch.load(f / "checkpoints/selected.pt", weights_only=True)["target"] for f in (whole, folder))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    figures = [json.loads((f / "summary.json").read_text())["test"] for f in (whole, folder)]
+    assert figures[0] == figures[1]
+
+
+def test_the_same_command_twice_does_nothing_twice(smoke, monkeypatch):
+    recipe = smoke()
+    folder = fit(recipe)
+    before = {p: p.read_bytes() for p in folder.rglob("*.json*")}
+    monkeypatch.setattr(trainer_module, "evaluate", None)  # the test split is not looked at again
+    fit(recipe)
+    assert {p: p.read_bytes() for p in folder.rglob("*.json*")} == before
+
+
+def test_one_step_is_the_papers_equation(smoke, tmp_path):
+    """Eq. (4) and (5) by hand: gradient of CE + alpha * sum_m T^2 CE(soft), SGD with weight decay, from the same start."""
+    recipe = smoke(
+        "--transfer.alpha", "0.5", "--transfer.temperature", "2", "--optim.schedule", "constant", "--optim.epochs", "1"
+    )
+    parts = build(recipe)
+    (job,) = jobs_of(recipe)
+    trainer = Trainer(parts, job.folder, tmp_path / "recall", lambda _: None)
+    before = {k: v.detach().clone() for k, v in parts.target.named_parameters()}
+    batch = next(iter(parts.loaders["train"]))
+    soft = trainer.sources(batch)
+    parts.target.train()
+    pixels = to_float(batch.pixels, trainer.mean, trainer.std)
+    out = parts.target(pixels, aux=True)
+    ce = -out.logits_BK.double().log_softmax(1)[torch.arange(len(batch)), batch.targets].mean()
+    p = (soft.logits_BC.double() / 2).softmax(1)
+    aux = -(p * (out.aux_logits_BC.double() / 2).log_softmax(1)).sum(1).mean() * 4
+    (ce + 0.5 * aux).backward()
+    gradients = {k: v.grad.clone() for k, v in parts.target.named_parameters()}
+    parts.target.zero_grad()
+    trainer._take_step(batch)
+    assert float(trainer.sums["loss"]) == pytest.approx(float(ce + 0.5 * aux), rel=1e-5)
+    assert float(trainer.sums["aux/tiny"]) == pytest.approx(float(aux), rel=1e-5)
+    for name, value in parts.target.named_parameters():
+        expected = before[name] - 0.05 * (gradients[name] + 5e-4 * before[name])
+        assert torch.allclose(value, expected, atol=2e-6), name
+
+
+def test_sources_and_heads_never_run_in_evaluation(smoke, monkeypatch):
+    parts = build(smoke("--transfer.recall", "false"))
+
+    def forbidden(*_):
+        raise AssertionError("ran in evaluation")
+
+    monkeypatch.setattr(SourceNetwork, "forward", forbidden)
+    for head in parts.target.aux_heads.values():
+        monkeypatch.setattr(head, "forward", forbidden)
+    figures = trainer_module.evaluate(parts, parts.target, "val")
+    assert 0 <= figures["accuracy"] <= 100
+    with pytest.raises(AssertionError, match="ran in evaluation"):
+        Trainer(parts, Path(parts.recipe.run.dir) / "x", Path(parts.recipe.run.dir) / "r", lambda _: None).fit()
+
+
+def test_sources_do_not_change_and_get_no_gradient(smoke):
+    recipe = smoke("--transfer.recall", "false", "--optim.epochs", "1")
+    parts = build(recipe)
+    (job,) = jobs_of(recipe)
+    before = {k: v.clone() for k, v in parts.networks[0].state_dict().items()}
+    Trainer(parts, job.folder, job.folder / "recall", lambda _: None).fit()
+    assert all(torch.equal(before[k], v) for k, v in parts.networks[0].state_dict().items())
+    assert all(p.grad is None for p in parts.networks[0].parameters())
+
+
+def test_recalled_training_is_live_training(smoke):
+    """Float32 on the CPU: the same curve, within what the size of the sources' batches changes in their rounding."""
+    common = ("--run.log_every", "1", "--optim.epochs", "3")
+    recalled = curve(fit(smoke(*common, "--name", "recalled")))
+    live = curve(fit(smoke(*common, "--name", "live", "--transfer.recall", "false")))
+    assert [r[1] for r in recalled[:12]] == pytest.approx([x[1] for x in live[:12]], rel=1e-4)
+
+
+def test_it_learns(smoke):
+    """The made-up stripes: far above the third that guessing finds, with soft labels from a random source too."""
+    folder = fit(smoke("--optim.epochs", "12"))
+    assert json.loads((folder / "summary.json").read_text())["test"]["accuracy"] > 80
+
+
+def test_half_precision_trains(smoke):
+    for precision in ("bf16", "fp16"):
+        folder = fit(
+            smoke("--run.precision", precision, "--name", precision, "--data.labelled", "64", "--optim.epochs", "1")
+        )
+        assert all(s["loss"] < 20 for s in read_lines(folder, "step"))
+
+
+def test_compiled_trains_alike(smoke):
+    common = ("--run.log_every", "1", "--optim.epochs", "1", "--data.drop_last", "true", "--target.model", "resnet20")
+    plain = curve(fit(smoke(*common, "--name", "plain")))
+    compiled = curve(fit(smoke(*common, "--name", "compiled", "--run.compile", "true")))
+    assert [c[1] for c in compiled[:3]] == pytest.approx([p[1] for p in plain[:3]], rel=1e-3)
+
+
+def test_a_run_leaves_what_it_should(smoke, tmp_path):
+    recipe = smoke("--run.tensorboard", "true")
+    folder = fit(recipe)
+    assert {p.name for p in folder.iterdir()} >= {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "tensorboard",
+    }
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"last.pt", "selected.pt"}
+    assert list((folder / "tensorboard").glob("events.*"))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["sources"]["tiny"]["sha256"] == build(recipe).networks[0].sha256
+    assert sum(summary["time_share_percent"].values()) == pytest.approx(100)
+    assert summary["images_per_s"] > 0 and summary["environment"]["versions"]["torch"] == torch.__version__
+    step = read_lines(folder, "step")[0]
+    assert {"loss", "primary", "aux/tiny", "lr", "images_per_s", "data_share", "sources_share"} <= set(step)
+
+
+def test_best_or_last(smoke):
+    for select in ("best", "last"):
+        folder = fit(smoke("--run.select", select, "--optim.epochs", "6", "--name", select, "--method.name", "scratch"))
+        lines = read_lines(folder, "eval")
+        summary = json.loads((folder / "summary.json").read_text())
+        best = max(lines, key=lambda e: e["accuracy"])["epoch"]  # the first of equal ones
+        assert summary["selected_epoch"] == (best if select == "best" else 6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(smoke):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) by step .*optim\.lr 1e\+15 may be too high"):
+        fit(smoke("--optim.lr", "1e15", "--optim.schedule", "constant", "--optim.epochs", "3"))
+
+
+def test_another_recipe_in_the_same_folder_is_refused(smoke):
+    fit(smoke())
+    with pytest.raises(ValueError, match=r"holds a run with optim\.lr 0\.05, and this one has 0\.1: choose another"):
+        fit(smoke("--optim.lr", "0.1"))
+    fit(smoke("--run.log_every", "7", "--run.threads", "1"))  # where it runs and what it logs may differ
+
+
+def test_last_batch_of_one_image_is_refused(smoke):
+    with pytest.raises(ValueError, match="leave a last batch of 1"):
+        build(smoke("--data.batch", "126"))
+    build(smoke("--data.batch", "126", "--data.drop_last", "true"))
+
+
+def test_figures_of_a_task():
+    logits = torch.tensor([[2.0, 0], [0, 1], [3, 0], [1, 0]])
+    figures = SingleLabel(2).evaluate(logits, torch.tensor([0, 1, 0, 1]))
+    assert figures["accuracy"] == 75 and figures["balanced_accuracy"] == 75 and figures["auroc"] == 100
+    assert figures["loss"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0, 1])))
+    )
+    uneven = SingleLabel(2).evaluate(torch.tensor([[1.0, 0]] * 4), torch.tensor([0, 0, 0, 1]))
+    assert (uneven["accuracy"], uneven["balanced_accuracy"]) == (75, 50)
+    assert "top5" in SingleLabel(6).evaluate(torch.eye(6), torch.arange(6))
+
+
+def test_balanced_accuracy_is_scikit_learns():
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+    logits, targets = torch.randn(200, 2), (torch.rand(200) < 0.3).long()
+    figures = SingleLabel(2).evaluate(logits, targets)
+    assert figures["balanced_accuracy"] == pytest.approx(
+        100 * balanced_accuracy_score(targets, logits.argmax(1)), abs=1e-4
+    )
+    assert figures["auroc"] == pytest.approx(100 * roc_auc_score(targets, logits[:, 1] - logits[:, 0]), abs=1e-4)
+
+
+def test_the_metric_suits_the_balance():
+    assert SingleLabel(2).metric(torch.tensor([0] * 70 + [1] * 30)) == "balanced_accuracy"
+    assert SingleLabel(2).metric(torch.tensor([0] * 55 + [1] * 45)) == "accuracy"
+
+
+def test_seeds_differ_in_start_and_order_but_not_in_views(smoke):
+    a, b = (build(smoke("--run.seed", str(s))) for s in (0, 1))
+    assert not torch.equal(a.target.head.weight, b.target.head.weight)
+    first, second = (torch.cat([x.index for x in p.loaders["train"]]) for p in (a, b))
+    assert not torch.equal(first, second)
+    rows = [
+        {int(i): p for x in parts.loaders["train"] for i, p in zip(x.index, x.pixels, strict=True)} for parts in (a, b)
+    ]
+    assert all(torch.equal(rows[0][i], rows[1][i]) for i in rows[0])
+
+
+def test_scratch_and_sskt_start_from_the_same_backbone(smoke):
+    plain, taught = build(smoke("--method.name", "scratch")), build(smoke())
+    for key, value in plain.target.state_dict().items():
+        assert torch.equal(value, taught.target.state_dict()[key]), key
+
+
+def test_a_comparison_in_turn_and_side_by_side(smoke, tmp_path):
+    rows = {"scratch": {"method": {"name": "scratch"}}, "sskt": {}}
+    tables = []
+    for parallel in (1, 2):
+        recipe = smoke("--seeds", "2", "--optim.epochs", "1", "--run.parallel", str(parallel), "--run.threads", "1")
+        recipe = replace(recipe, name=f"p{parallel}", rows=rows)
+        lines: list[tuple] = []
+        tables.append(run(recipe, lambda *line, to=lines: to.append(line)))
+        seen = [(label, line["kind"]) for label, line in lines]
+        assert sum(kind == "done" for _, kind in seen) == 4
+        assert {label for label, kind in seen if kind == "done"} == {f"{r}, seed {s}" for r in rows for s in (0, 1)}
+        root = tmp_path / "runs" / recipe.name
+        table = json.loads((root / "table.json").read_text())
+        assert table == tables[-1]
+        page = (root / "report.html").read_text()
+        assert "data:image/png;base64," in page and "http" not in page.replace("http-equiv", "") and "scratch" in page
+    for a, b in zip(tables[0]["rows"], tables[1]["rows"], strict=True):
+        assert {k: a[k] for k in ("name", "method", "sources", "mean", "std", "seeds", "test")} == {
+            k: b[k] for k in ("name", "method", "sources", "mean", "std", "seeds", "test")
+        }
+    row = tables[0]["rows"][1]
+    assert (row["method"], row["sources"], row["seeds"]) == ("sskt", ["tiny"], 2)
+    figures = [
+        json.loads((tmp_path / f"runs/p1/sskt/seed{s}/summary.json").read_text())["test"]["accuracy"] for s in (0, 1)
+    ]
+    assert row["mean"] == pytest.approx(sum(figures) / 2)
+    assert row["std"] == pytest.approx(abs(figures[0] - figures[1]) / 2**0.5)
