@@ -172,13 +172,15 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
 def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int]) -> Target:
     """A freshly initialised target with an auxiliary head for each source."""
     backbone = build_backbone(recipe.target.model)
-    heads: dict[str, AuxiliaryHead] = {}
+    target = Target(backbone, classes)
     for name, count in source_classes.items():
+        head: AuxiliaryHead
         if recipe.transfer.module:
-            heads[name] = TransferModule(backbone.tap_channels, backbone.transfer_width, count, recipe.transfer.combine)
+            head = TransferModule(backbone.tap_channels, backbone.transfer_width, count, recipe.transfer.combine)
         else:
-            heads[name] = LinearHead(backbone.feature_dim, count)
-    return Target(backbone, classes, heads)
+            head = LinearHead(backbone.feature_dim, count)
+        target.aux_heads[name] = head
+    return target
 
 
 def build_method(recipe: Recipe, task: SingleLabel) -> Method:

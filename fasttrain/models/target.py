@@ -1,12 +1,9 @@
 """The network being trained: a backbone, the task's head, and an auxiliary head for each source."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from fasttrain.transfer import AuxiliaryHead
 
 from .backbone import Backbone
 
@@ -28,19 +25,21 @@ class TargetOutput:
 class Target(nn.Module):
     """SSKT's multi-task network h_t (Fig. 3).
 
+    Auxiliary heads are put into ``aux_heads`` by their source's name afterwards, so that backbone and task head start
+    from the same numbers with any sources and with none.
+
     Args:
         backbone: with taps.
         classes: of the task.
-        heads: auxiliary head of each source, by the source's name; empty for training without transfer.
     """
 
-    def __init__(self, backbone: Backbone, classes: int, heads: Mapping[str, AuxiliaryHead]) -> None:
+    def __init__(self, backbone: Backbone, classes: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.feature_dim, classes)
         nn.init.kaiming_normal_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.aux_heads = nn.ModuleDict(heads)
+        self.aux_heads = nn.ModuleDict()
 
     @property
     def classes(self) -> int:

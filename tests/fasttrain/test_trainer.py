@@ -17,6 +17,12 @@ from fasttrain.tasks import SingleLabel
 from fasttrain.trainer import Trainer
 
 
+@pytest.fixture
+def small(smoke):
+    """Less work a step than smoke, for tests that do not ask whether anything is learned."""
+    return lambda *overrides: smoke("--data.labelled", "60", "--data.size", "12", "--data.stored", "12", *overrides)
+
+
 class Stopped(BaseException):
     """Stands for a kill: nothing in the code under test handles it."""
 
@@ -52,10 +58,20 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_stopped_and_resumed_is_bit_identical(smoke, tmp_path, variant):
-    common = (*variant, "--run.log_every", "1", "--run.checkpoint_steps", "2", "--optim.epochs", "3")
-    whole = fit(smoke(*common, "--name", "whole"))
-    stopped = smoke(*common, "--name", "stopped")
+def test_stopped_and_resumed_is_bit_identical(small, tmp_path, variant):
+    common = (
+        *variant,
+        "--data.batch",
+        "16",
+        "--run.log_every",
+        "1",
+        "--run.checkpoint_steps",
+        "2",
+        "--optim.epochs",
+        "3",
+    )
+    whole = fit(small(*common, "--name", "whole"))
+    stopped = small(*common, "--name", "stopped")
     for stop_at in (4, 4, 4):  # inside the first epoch, then wherever that gets to
         with pytest.raises(Stopped):
             fit(stopped, stop_at)
@@ -69,8 +85,8 @@ def test_stopped_and_resumed_is_bit_identical(smoke, tmp_path, variant):
     assert figures[0] == figures[1]
 
 
-def test_the_same_command_twice_does_nothing_twice(smoke, monkeypatch):
-    recipe = smoke()
+def test_the_same_command_twice_does_nothing_twice(small, monkeypatch):
+    recipe = small()
     folder = fit(recipe)
     before = {p: p.read_bytes() for p in folder.rglob("*.json*")}
     monkeypatch.setattr(trainer_module, "evaluate", None)  # the test split is not looked at again
@@ -78,9 +94,9 @@ def test_the_same_command_twice_does_nothing_twice(smoke, monkeypatch):
     assert {p: p.read_bytes() for p in folder.rglob("*.json*")} == before
 
 
-def test_one_step_is_the_papers_equation(smoke, tmp_path):
+def test_one_step_is_the_papers_equation(small, tmp_path):
     """Eq. (4) and (5) by hand: gradient of CE + alpha * sum_m T^2 CE(soft), SGD with weight decay, from the same start."""
-    recipe = smoke(
+    recipe = small(
         "--transfer.alpha", "0.5", "--transfer.temperature", "2", "--optim.schedule", "constant", "--optim.epochs", "1"
     )
     parts = build(recipe)
@@ -99,15 +115,15 @@ def test_one_step_is_the_papers_equation(smoke, tmp_path):
     gradients = {k: v.grad.clone() for k, v in parts.target.named_parameters()}
     parts.target.zero_grad()
     trainer._take_step(batch)
-    assert float(trainer.sums["loss"]) == pytest.approx(float(ce + 0.5 * aux), rel=1e-5)
-    assert float(trainer.sums["aux/tiny"]) == pytest.approx(float(aux), rel=1e-5)
+    assert float(trainer.sums["loss"]) == pytest.approx(float((ce + 0.5 * aux).detach()), rel=1e-5)
+    assert float(trainer.sums["aux/tiny"]) == pytest.approx(float(aux.detach()), rel=1e-5)
     for name, value in parts.target.named_parameters():
         expected = before[name] - 0.05 * (gradients[name] + 5e-4 * before[name])
         assert torch.allclose(value, expected, atol=2e-6), name
 
 
-def test_sources_and_heads_never_run_in_evaluation(smoke, monkeypatch):
-    parts = build(smoke("--transfer.recall", "false"))
+def test_sources_and_heads_never_run_in_evaluation(small, monkeypatch):
+    parts = build(small("--transfer.recall", "false"))
 
     def forbidden(*_):
         raise AssertionError("ran in evaluation")
@@ -121,8 +137,8 @@ def test_sources_and_heads_never_run_in_evaluation(smoke, monkeypatch):
         Trainer(parts, Path(parts.recipe.run.dir) / "x", Path(parts.recipe.run.dir) / "r", lambda _: None).fit()
 
 
-def test_sources_do_not_change_and_get_no_gradient(smoke):
-    recipe = smoke("--transfer.recall", "false", "--optim.epochs", "1")
+def test_sources_do_not_change_and_get_no_gradient(small):
+    recipe = small("--transfer.recall", "false", "--optim.epochs", "1")
     parts = build(recipe)
     (job,) = jobs_of(recipe)
     before = {k: v.clone() for k, v in parts.networks[0].state_dict().items()}
@@ -131,12 +147,12 @@ def test_sources_do_not_change_and_get_no_gradient(smoke):
     assert all(p.grad is None for p in parts.networks[0].parameters())
 
 
-def test_recalled_training_is_live_training(smoke):
+def test_recalled_training_is_live_training(small):
     """Float32 on the CPU: the same curve, within what the size of the sources' batches changes in their rounding."""
     common = ("--run.log_every", "1", "--optim.epochs", "3")
-    recalled = curve(fit(smoke(*common, "--name", "recalled")))
-    live = curve(fit(smoke(*common, "--name", "live", "--transfer.recall", "false")))
-    assert [r[1] for r in recalled[:12]] == pytest.approx([x[1] for x in live[:12]], rel=1e-4)
+    recalled = curve(fit(small(*common, "--name", "recalled")))
+    live = curve(fit(small(*common, "--name", "live", "--transfer.recall", "false")))
+    assert [r[1] for r in recalled[:6]] == pytest.approx([x[1] for x in live[:6]], rel=1e-4)
 
 
 def test_it_learns(smoke):
@@ -145,23 +161,21 @@ def test_it_learns(smoke):
     assert json.loads((folder / "summary.json").read_text())["test"]["accuracy"] > 80
 
 
-def test_half_precision_trains(smoke):
+def test_half_precision_trains(small):
     for precision in ("bf16", "fp16"):
-        folder = fit(
-            smoke("--run.precision", precision, "--name", precision, "--data.labelled", "64", "--optim.epochs", "1")
-        )
+        folder = fit(small("--run.precision", precision, "--name", precision, "--optim.epochs", "1"))
         assert all(s["loss"] < 20 for s in read_lines(folder, "step"))
 
 
-def test_compiled_trains_alike(smoke):
+def test_compiled_trains_alike(small):
     common = ("--run.log_every", "1", "--optim.epochs", "1", "--data.drop_last", "true", "--target.model", "resnet20")
-    plain = curve(fit(smoke(*common, "--name", "plain")))
-    compiled = curve(fit(smoke(*common, "--name", "compiled", "--run.compile", "true")))
+    plain = curve(fit(small(*common, "--name", "plain")))
+    compiled = curve(fit(small(*common, "--name", "compiled", "--run.compile", "true")))
     assert [c[1] for c in compiled[:3]] == pytest.approx([p[1] for p in plain[:3]], rel=1e-3)
 
 
-def test_a_run_leaves_what_it_should(smoke, tmp_path):
-    recipe = smoke("--run.tensorboard", "true")
+def test_a_run_leaves_what_it_should(small, tmp_path):
+    recipe = small("--run.tensorboard", "true")
     folder = fit(recipe)
     assert {p.name for p in folder.iterdir()} >= {
         "recipe.yaml",
@@ -175,30 +189,33 @@ def test_a_run_leaves_what_it_should(smoke, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["sources"]["tiny"]["sha256"] == build(recipe).networks[0].sha256
     assert sum(summary["time_share_percent"].values()) == pytest.approx(100)
-    assert summary["images_per_s"] > 0 and summary["environment"]["versions"]["torch"] == torch.__version__
+    assert (
+        summary["images_per_s"] > 0
+        and summary["environment"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    )
     step = read_lines(folder, "step")[0]
     assert {"loss", "primary", "aux/tiny", "lr", "images_per_s", "data_share", "sources_share"} <= set(step)
 
 
-def test_best_or_last(smoke):
+def test_best_or_last(small):
     for select in ("best", "last"):
-        folder = fit(smoke("--run.select", select, "--optim.epochs", "6", "--name", select, "--method.name", "scratch"))
+        folder = fit(small("--run.select", select, "--optim.epochs", "6", "--name", select, "--method.name", "scratch"))
         lines = read_lines(folder, "eval")
         summary = json.loads((folder / "summary.json").read_text())
         best = max(lines, key=lambda e: e["accuracy"])["epoch"]  # the first of equal ones
         assert summary["selected_epoch"] == (best if select == "best" else 6)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(smoke):
+def test_a_loss_that_is_not_finite_stops_the_run(small):
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) by step .*optim\.lr 1e\+15 may be too high"):
-        fit(smoke("--optim.lr", "1e15", "--optim.schedule", "constant", "--optim.epochs", "3"))
+        fit(small("--optim.lr", "1e15", "--optim.schedule", "constant", "--optim.epochs", "3"))
 
 
-def test_another_recipe_in_the_same_folder_is_refused(smoke):
-    fit(smoke())
+def test_another_recipe_in_the_same_folder_is_refused(small):
+    fit(small())
     with pytest.raises(ValueError, match=r"holds a run with optim\.lr 0\.05, and this one has 0\.1: choose another"):
-        fit(smoke("--optim.lr", "0.1"))
-    fit(smoke("--run.log_every", "7", "--run.threads", "1"))  # where it runs and what it logs may differ
+        fit(small("--optim.lr", "0.1"))
+    fit(small("--run.log_every", "7", "--run.threads", "1"))  # where it runs and what it logs may differ
 
 
 def test_last_batch_of_one_image_is_refused(smoke):
@@ -235,8 +252,8 @@ def test_the_metric_suits_the_balance():
     assert SingleLabel(2).metric(torch.tensor([0] * 55 + [1] * 45)) == "accuracy"
 
 
-def test_seeds_differ_in_start_and_order_but_not_in_views(smoke):
-    a, b = (build(smoke("--run.seed", str(s))) for s in (0, 1))
+def test_seeds_differ_in_start_and_order_but_not_in_views(small):
+    a, b = (build(small("--run.seed", str(s))) for s in (0, 1))
     assert not torch.equal(a.target.head.weight, b.target.head.weight)
     first, second = (torch.cat([x.index for x in p.loaders["train"]]) for p in (a, b))
     assert not torch.equal(first, second)
@@ -246,17 +263,17 @@ def test_seeds_differ_in_start_and_order_but_not_in_views(smoke):
     assert all(torch.equal(rows[0][i], rows[1][i]) for i in rows[0])
 
 
-def test_scratch_and_sskt_start_from_the_same_backbone(smoke):
-    plain, taught = build(smoke("--method.name", "scratch")), build(smoke())
+def test_scratch_and_sskt_start_from_the_same_backbone(small):
+    plain, taught = build(small("--method.name", "scratch")), build(small())
     for key, value in plain.target.state_dict().items():
         assert torch.equal(value, taught.target.state_dict()[key]), key
 
 
-def test_a_comparison_in_turn_and_side_by_side(smoke, tmp_path):
+def test_a_comparison_in_turn_and_side_by_side(small, tmp_path):
     rows = {"scratch": {"method": {"name": "scratch"}}, "sskt": {}}
     tables = []
     for parallel in (1, 2):
-        recipe = smoke("--seeds", "2", "--optim.epochs", "1", "--run.parallel", str(parallel), "--run.threads", "1")
+        recipe = small("--seeds", "2", "--optim.epochs", "1", "--run.parallel", str(parallel), "--run.threads", "1")
         recipe = replace(recipe, name=f"p{parallel}", rows=rows)
         lines: list[tuple] = []
         tables.append(run(recipe, lambda *line, to=lines: to.append(line)))

@@ -1,0 +1,86 @@
+"""Makes docs/fields.md from the recipe, and the README's demo table from benchmarks/results. ``--check``: only compares."""
+
+import json
+import re
+import sys
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+
+from docstring_parser import parse_from_object
+
+from fasttrain import recipe
+from fasttrain.show import plus_minus
+
+ROOT = Path(__file__).parent.parent
+
+
+def field_pages() -> str:
+    """Every field with its default and help, a table a group."""
+    out = [
+        "# Fields of a recipe",
+        "",
+        "Made by `make docs` from `fasttrain/recipe.py`; `fasttrain train --help` says the same.",
+        "",
+    ]
+    for group in fields(recipe.Recipe):
+        spec = group.default_factory
+        if group.name == "sources":
+            out += _table("sources (a list of these)", recipe.Source)
+        elif is_dataclass(spec):
+            out += _table(group.name, spec)
+    out += ["## rows", "", _help(recipe.Recipe)["rows"], ""]
+    return "\n".join(out)
+
+
+def _table(title: str, spec) -> list[str]:
+    out = [f"## {title}", "", spec.__doc__, "", "| field | default | |", "| --- | --- | --- |"]
+    helps = _help(spec)
+    for f in fields(spec):
+        value = (
+            f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else None
+        )
+        shown = "" if f.default is MISSING and f.default_factory is MISSING else f"`{json.dumps(value)}`"
+        out.append(f"| `{f.name}` | {shown} | {helps[f.name]} |")
+    return [*out, ""]
+
+
+def _help(spec) -> dict[str, str]:
+    return {p.arg_name: " ".join(p.description.split()) for p in parse_from_object(spec).params if p.description}
+
+
+def demo_table() -> str:
+    """The newest demo result, as Markdown."""
+    path = max((ROOT / "benchmarks/results").glob("*-demo-*.json"))
+    content = json.loads(path.read_text())
+    metric = content["metric"].replace("_", " ")
+    lines = [f"| | {metric} % | AUROC % | images/s |", "| --- | --- | --- | --- |"]
+    for row in content["rows"]:
+        figures = [plus_minus(row["test"][k]) for k in (content["metric"], "auroc")]
+        lines.append(f"| {row['name']} | {' | '.join(figures)} | {row['images_per_s']:.0f} |")
+    machine, versions = content["environment"]["machine"], content["environment"]["versions"]
+    lines += [
+        "",
+        f"Test split, mean ± standard deviation of {content['rows'][0]['seeds']} seeds; {machine['cpu']}, "
+        f"{content['side_by_side']} runs side by side, one thread each, torch {versions['torch']}; from `make demo`, kept in "
+        f"`{path.relative_to(ROOT)}`.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Writes the files, or with ``--check`` says which are out of date."""
+    readme = (ROOT / "README.md").read_text()
+    marked = re.sub(r"(<!-- demo -->\n).*?(\n<!-- /demo -->)", lambda m: m[1] + demo_table() + m[2], readme, flags=re.S)
+    wanted = {"docs/fields.md": field_pages(), "README.md": marked}
+    stale = [name for name, text in wanted.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]
+    if "--check" in sys.argv:
+        print(f"out of date: {', '.join(stale)}; run `make docs`" if stale else "up to date")
+        return 1 if stale else 0
+    for name in stale:
+        (ROOT / name).write_text(wanted[name])
+        print(f"wrote {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
