@@ -301,7 +301,7 @@ def from_dict(content: dict[str, Any], overrides: list[str] | tuple[str, ...] = 
     content = {k: v for k, v in content.items() if k not in lists}
     reader = parser(prog)
     try:
-        made = reader.instantiate(reader.parse_args(["--config", yaml.safe_dump(content), *given]))
+        made = reader.instantiate(reader.parse_args(["--config", yaml.safe_dump(content, sort_keys=False), *given]))
     except ArgumentError as error:
         raise ValueError(_sentence(str(error))) from None
     out = Recipe(**{f.name: getattr(made, f.name) for f in fields(Recipe)})

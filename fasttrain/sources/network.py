@@ -3,9 +3,7 @@
 import difflib
 import zlib
 
-import timm
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from fasttrain.loaders.resample import enlarge, to_float
@@ -75,6 +73,9 @@ def build_network(spec: Source) -> nn.Module:
 
 
 def _library(model: str) -> tuple[str, str]:
+    import timm  # both are slow to import, and a run without sources needs neither
+    import torchvision
+
     library, _, name = model.rpartition(":")
     known = {"timm": timm.list_models(), "torchvision": torchvision.models.list_models(torchvision.models)}
     if library and library not in known:
@@ -95,7 +96,11 @@ def _is_library_name(weights: str) -> bool:
 
 def _build(library: str, name: str, classes: int) -> nn.Module:
     if library == "timm":
+        import timm
+
         return timm.create_model(name, num_classes=classes)
+    import torchvision
+
     return torchvision.models.get_model(name, weights=None, num_classes=classes)
 
 
@@ -106,8 +111,12 @@ def _from_library(spec: Source, library: str, name: str) -> tuple[nn.Module, str
             return _build(library, name, spec.classes), "random"
     try:
         if library == "timm":
+            import timm
+
             network = timm.create_model(name, pretrained=True, num_classes=spec.classes)
         else:
+            import torchvision
+
             weights = "DEFAULT" if spec.weights == "default" else spec.weights
             network = torchvision.models.get_model(name, weights=weights)
     except Exception as error:  # the libraries' download errors have no common class

@@ -136,6 +136,11 @@ def test_other_mistakes(fasttrain, tmp_path):
     refused(fasttrain(*SMOKE, "--run.dir", "file/runs"), "run.dir: cannot write to")
 
 
+def test_a_mistake_in_runs_side_by_side(fasttrain):
+    wild = ("--optim.lr", "1e15", "--optim.schedule", "constant", "--optim.epochs", "2")
+    refused(fasttrain(*SMOKE, "--seeds", "2", "--run.parallel", "2", *wild), "optim.lr 1e+15 may be too high")
+
+
 def test_help_and_version(fasttrain):
     assert "usage: fasttrain COMMAND" in fasttrain("--help").stdout
     out = fasttrain("train", "--help")

@@ -51,6 +51,7 @@ def test_a_list_on_the_command_line_stands_alone():
 def test_rows_change_fields():
     demo = load("demo")
     rows = {job.row: job.recipe for job in jobs_of(demo)}
+    assert list(rows) == ["scratch", "SSKT from lite0", "SSKT from lite0 + lite1"]
     assert [s.name for s in rows["SSKT from lite0"].chosen_sources()] == ["lite0"]
     assert rows["scratch"].chosen_sources() == []
     assert len(rows["SSKT from lite0 + lite1"].chosen_sources()) == 2
