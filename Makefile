@@ -19,7 +19,7 @@ demo: $(VENV)/.demo-ready
 	$(VENV)/bin/fasttrain train demo $(DEMO_ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 $(TEST_ARGS)
 
 venv: $(VENV)/.test-ready
 

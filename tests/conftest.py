@@ -45,8 +45,8 @@ def need():
 
 @pytest.fixture(autouse=True)
 def _settings():
-    """Two threads, as in CI, and no test that depends on the random state another one left."""
-    torch.set_num_threads(2)
+    """One thread (tests run side by side, and waiting threads would spin), and a random state of its own."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
@@ -68,7 +68,7 @@ def fasttrain(tmp_path):
         return subprocess.run(
             [sys.executable, "-m", "fasttrain", *arguments],
             cwd=tmp_path,
-            env={**os.environ, **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             capture_output=True,
             text=True,
             timeout=240,

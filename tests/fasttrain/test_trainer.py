@@ -157,7 +157,7 @@ def test_recalled_training_is_live_training(small):
 
 def test_it_learns(smoke):
     """The made-up stripes: far above the third that guessing finds, with soft labels from a random source too."""
-    folder = fit(smoke("--optim.epochs", "12"))
+    folder = fit(smoke("--optim.epochs", "12", "--data.size", "16", "--data.stored", "16"))
     assert json.loads((folder / "summary.json").read_text())["test"]["accuracy"] > 80
 
 
