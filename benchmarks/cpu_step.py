@@ -56,7 +56,7 @@ ROWS = {
 
 def images_per_s(row: dict, size: int, batch: int) -> float:
     """All processes together."""
-    arguments = json.dumps(BASE | row | {"size": size, "batch": batch, "steps": 5 if row.get("bf16") else 15})
+    arguments = json.dumps(BASE | row | {"size": size, "batch": batch, "steps": 3 if row.get("bf16") else 15})
     command = [sys.executable, "-c", WORKER, arguments]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range((BASE | row)["processes"])]
     return sum(float(p.communicate()[0].split()[-1]) for p in running)

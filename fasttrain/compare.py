@@ -136,10 +136,10 @@ def _side_by_side(jobs: list[Job], count: int, root: Path, watch) -> list[dict[s
     _LAST.clear()
     context = multiprocessing.get_context("spawn")
     lines: Any = context.Queue()
-    threads = max(1, torch.get_num_threads() // count)
+    threads = _shared_out(torch.get_num_threads(), len(jobs), count)
     summaries: dict[int, dict[str, Any]] = {}
     with ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(lines, os.getpid())) as pool:
-        futures = {pool.submit(_train_in_worker, _with_threads(job, threads), root): i for i, job in enumerate(jobs)}
+        futures = {pool.submit(_train_in_worker, _with_threads(job, threads[i]), root): i for i, job in enumerate(jobs)}
         try:
             while len(summaries) < len(jobs):
                 _pass_on(lines, watch)
@@ -152,6 +152,12 @@ def _side_by_side(jobs: list[Job], count: int, root: Path, watch) -> list[dict[s
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [summaries[i] for i in range(len(jobs))]
+
+
+def _shared_out(threads: int, jobs: int, count: int) -> list[int]:
+    """Threads of each job: the cores by ``count``; the last ones, too few to fill every process, share all of them."""
+    rest = jobs % count
+    return [max(1, threads // count)] * (jobs - rest) + [max(1, threads // max(rest, 1))] * rest
 
 
 def _with_threads(job: Job, threads: int) -> Job:

@@ -29,7 +29,6 @@ class TorchLoader(EpochLoader):
             collate_fn=_as_is,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            multiprocessing_context="forkserver" if self.workers else None,
         )
         for item in loader:
             if isinstance(item, ValueError):

@@ -3,8 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
 
 class SingleLabel:
@@ -30,6 +28,9 @@ class SingleLabel:
     def evaluate(self, logits_NK: Tensor, targets_N: Tensor) -> dict[str, float]:
         """Figures in percent: ``accuracy``, ``balanced_accuracy`` (mean over the classes of the share found), ``top5``
         with more than five classes, ``auroc`` with two; and the mean ``loss`` without label smoothing."""
+        from torchmetrics import Metric, MetricCollection  # slow to import
+        from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
+
         logits_NK, targets_N = logits_NK.float().cpu(), targets_N.cpu()
         metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(self.classes, average="micro"),

@@ -5,7 +5,6 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-from torchvision import datasets as tv
 
 from .base import Dataset, Pixels, checked, train_val_test
 
@@ -29,15 +28,18 @@ class _ArraysOnly(pickle.Unpickler):
 
 def cifar10(root: Path, *, val_share: float, verify: bool = True) -> Dataset:
     """CIFAR-10: 50,000 + 10,000 images of 32 x 32, in ``ROOT/cifar-10-batches-py``."""
-    return _cifar(tv.CIFAR10, "cifar10", root, val_share, verify)
+    return _cifar("CIFAR10", root, val_share, verify)
 
 
 def cifar100(root: Path, *, val_share: float, verify: bool = True) -> Dataset:
     """CIFAR-100, the 100 fine classes, in ``ROOT/cifar-100-python``."""
-    return _cifar(tv.CIFAR100, "cifar100", root, val_share, verify)
+    return _cifar("CIFAR100", root, val_share, verify)
 
 
-def _cifar(published, name: str, root: Path, val_share: float, verify: bool) -> Dataset:
+def _cifar(name: str, root: Path, val_share: float, verify: bool) -> Dataset:
+    from torchvision import datasets  # slow to import; it has the files' names and checksums
+
+    published = getattr(datasets, name)
     folder = root / published.base_folder
     if not folder.is_dir():
         raise ValueError(f"data.root: {root} has no folder {published.base_folder}")
@@ -60,4 +62,4 @@ def _cifar(published, name: str, root: Path, val_share: float, verify: bool) -> 
     targets_N = np.concatenate(targets).astype(np.int64)
     index_N = np.arange(len(targets_N))
     splits = train_val_test(targets_N, index_N[: counts[0]], index_N[counts[0] :], val_share)
-    return Dataset(name, tuple(classes), targets_N, Pixels(image_NHWC), splits, str(folder))
+    return Dataset(name.lower(), tuple(classes), targets_N, Pixels(image_NHWC), splits, str(folder))

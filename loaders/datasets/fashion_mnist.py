@@ -5,10 +5,10 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from torchvision import datasets as tv
 
 from .base import Dataset, Pixels, checked, train_val_test
 
+_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 # of the unpacked files, so that it does not matter who packed them
 _MD5 = {
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
@@ -28,8 +28,7 @@ def fashion_mnist(root: Path, *, val_share: float, verify: bool = True) -> Datas
     targets_N = np.concatenate([train_y, test_y]).astype(np.int64)
     index_N = np.arange(len(targets_N))
     splits = train_val_test(targets_N, index_N[: len(train_y)], index_N[len(train_y) :], val_share)
-    classes = tuple(tv.FashionMNIST.classes)
-    return Dataset("fashion_mnist", classes, targets_N, Pixels(np.concatenate([train_x, test_x])), splits, str(folder))
+    return Dataset("fashion_mnist", _CLASSES, targets_N, Pixels(np.concatenate([train_x, test_x])), splits, str(folder))
 
 
 def _idx(folder: Path, name: str, md5: str | None) -> np.ndarray:

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import numpy as np
-from torchvision import datasets as tv
 
 from .base import Dataset, Pixels, checked, train_val_test
 
 
 def stl10(root: Path, *, val_share: float, verify: bool = True) -> Dataset:
     """STL-10: 5,000 labelled + 8,000 test images of 96 x 96, in ``ROOT/stl10_binary``."""
+    from torchvision import datasets as tv  # slow to import; it has the files' names and checksums
+
     folder = root / tv.STL10.base_folder
     if not folder.is_dir():
         raise ValueError(f"data.root: {root} has no folder {tv.STL10.base_folder}")

@@ -10,7 +10,7 @@ from fasttrain.loaders.resample import to_float
 
 from fasttrain import trainer as trainer_module
 from fasttrain.build import build
-from fasttrain.compare import jobs_of, run
+from fasttrain.compare import _shared_out, jobs_of, run
 from fasttrain.log import read_lines
 from fasttrain.sources import SourceNetwork
 from fasttrain.tasks import SingleLabel
@@ -278,6 +278,12 @@ def test_scratch_and_sskt_start_from_the_same_backbone(small):
     plain, taught = build(small("--method.name", "scratch")), build(small())
     for key, value in plain.target.state_dict().items():
         assert torch.equal(value, taught.target.state_dict()[key]), key
+
+
+def test_threads_are_shared_out():
+    assert _shared_out(2, 9, 2) == [1] * 8 + [2]
+    assert _shared_out(16, 5, 4) == [4] * 4 + [16]
+    assert _shared_out(1, 2, 2) == [1, 1]
 
 
 def test_a_comparison_in_turn_and_side_by_side(small, tmp_path):
