@@ -144,8 +144,19 @@ def test_mistakes(tmp_path, capfd):
     refused("have the SHA-256 .*, not 12345678", weights=file["nine"], classes=9, sha256="12345678")
     refused("the package no_such_package is not installed", weights="package:no_such_package")
     refused("holds 0 weights files", weights="package:hypothesis")
-    refused("could not supply weights", weights="default")
     assert "ran" not in capfd.readouterr().out
+
+
+def test_weights_that_the_library_cannot_fetch(monkeypatch):
+    def create_model(name, pretrained=False, **_):
+        assert pretrained
+        raise OSError("no way to the hub")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(
+        ValueError, match=r"timm could not supply weights 'default' for test_resnet \(no way to the hub\)"
+    ):
+        open_source(replace(TINY, weights="default"))
 
 
 def test_a_package_with_one_weights_file(need):
