@@ -41,7 +41,8 @@ if ! [ -x $venv/bin/python ]; then
     fi
 fi
 
-# uv installs the 6 GB that PyTorch and CUDA take several times faster than pip; pip stands in where uv cannot be had
+# Compiled at once: where PYTHONDONTWRITEBYTECODE is set, every import would compile PyTorch anew, which takes as long as
+# the rest of a short run. uv installs the 6 GB that PyTorch and CUDA take several times faster than pip; pip stands in where uv cannot be had
 install() {
     if $venv/bin/python -m uv --version >/dev/null 2>&1 || $venv/bin/python -m pip install -q uv >build/uv.log 2>&1; then
         index=$($venv/bin/python -m pip config get global.index-url 2>/dev/null || true)
@@ -49,7 +50,7 @@ install() {
         [ -n "$SSL_CERT_FILE" ] && export SSL_CERT_FILE || unset SSL_CERT_FILE
         UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$index}}
         [ -n "$UV_DEFAULT_INDEX" ] && export UV_DEFAULT_INDEX || unset UV_DEFAULT_INDEX
-        UV_HTTP_TIMEOUT=300 $venv/bin/python -m uv pip install -q --python $venv/bin/python "$@" >build/uv.log 2>&1 && return 0
+        UV_HTTP_TIMEOUT=300 $venv/bin/python -m uv pip install -q --compile-bytecode --python $venv/bin/python "$@" >build/uv.log 2>&1 && return 0
         say "uv could not install $* (see build/uv.log); trying pip"
     fi
     $venv/bin/python -m pip install -q "$@" >build/pip.log 2>&1 || { tail -n 15 build/pip.log >&2; return 1; }
