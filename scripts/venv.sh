@@ -41,8 +41,7 @@ if ! [ -x $venv/bin/python ]; then
     fi
 fi
 
-# Compiled at once: where PYTHONDONTWRITEBYTECODE is set, every import would compile PyTorch anew, which takes as long as
-# the rest of a short run. uv installs the 6 GB that PyTorch and CUDA take several times faster than pip; pip stands in where uv cannot be had
+# uv installs the 6 GB that PyTorch and CUDA take several times faster than pip; pip stands in where uv cannot be had
 install() {
     if $venv/bin/python -m uv --version >/dev/null 2>&1 || $venv/bin/python -m pip install -q uv >build/uv.log 2>&1; then
         index=$($venv/bin/python -m pip config get global.index-url 2>/dev/null || true)
@@ -50,15 +49,19 @@ install() {
         [ -n "$SSL_CERT_FILE" ] && export SSL_CERT_FILE || unset SSL_CERT_FILE
         UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$index}}
         [ -n "$UV_DEFAULT_INDEX" ] && export UV_DEFAULT_INDEX || unset UV_DEFAULT_INDEX
-        UV_HTTP_TIMEOUT=300 $venv/bin/python -m uv pip install -q --compile-bytecode --python $venv/bin/python "$@" >build/uv.log 2>&1 && return 0
+        UV_HTTP_TIMEOUT=300 $venv/bin/python -m uv pip install -q --python $venv/bin/python "$@" >build/uv.log 2>&1 && return 0
         say "uv could not install $* (see build/uv.log); trying pip"
     fi
     $venv/bin/python -m pip install -q "$@" >build/pip.log 2>&1 || { tail -n 15 build/pip.log >&2; return 1; }
 }
 
+# uv leaves bytecode to the first import; where PYTHONDONTWRITEBYTECODE is set, every import would compile PyTorch anew
+compile() { $venv/bin/python -m compileall -q -j 0 $venv/lib >build/compile.log 2>&1 || true; }
+
 if [ "$what" = demo ]; then
     say "installing PyTorch and what the demo needs (about 6 GB, once)"
     install -e '.[demo]' || fail "the installation failed; see build/pip.log"
+    compile
     exit 0
 fi
 
@@ -78,3 +81,4 @@ if ! $venv/bin/python -c 'import ffcv' 2>/dev/null; then
         install -e '.[ffcv]' || say "FFCV is left out: it did not compile; see build/uv.log and build/pip.log"
     fi
 fi
+compile

@@ -98,7 +98,7 @@ def test_pip_stands_in_for_uv(machine, tmp_path):
     python = f'echo "$@" >> {log}; case "$*" in "-m uv --version") exit 0;; *"uv pip install"*) exit 1;; esac; exit 0'
     out = machine("demo", python)
     assert out.returncode == 0 and "trying pip" in out.stdout
-    assert log.read_text().splitlines()[-1] == "-m pip install -q -e .[demo]"
+    assert "-m pip install -q -e .[demo]" in log.read_text().splitlines()
 
 
 def test_a_failed_installation_stops(machine):
