@@ -1,7 +1,7 @@
 """What all loaders share: the walk through an epoch, the position in it, and the views of a batch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,10 +50,6 @@ class LoaderSpec:
     def view(self, epoch: int, index_B: np.ndarray, height_B, width_B) -> View:
         """The views of samples in an epoch; ``height_B``, ``width_B`` are the sizes of the images as stored."""
         return self.plan(seed=self.view_seed, epoch=epoch, index_B=index_B, height_B=height_B, width_B=width_B)
-
-    def without_still(self) -> "LoaderSpec":
-        """The same batches without the sources' view."""
-        return replace(self, still=0)
 
 
 class EpochLoader:
