@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .device import choose_device, choose_dtype
+from .kernels import SoftTargetLoss
 from .loaders import Dataset, LoaderSpec, ViewPlan, choose_loader, evaluation, labelled_part, open_dataset, open_loader
 from .loaders.base import EpochLoader
 from .methods import METHODS, Method
@@ -88,7 +89,8 @@ def build(recipe: Recipe) -> Parts:
     target = build_target(recipe, task.head_size, {n.spec.name: n.spec.classes for n in networks})
     if recipe.run.channels_last:
         target = target.to(memory_format=torch.channels_last)
-    method = build_method(recipe, task)
+    method, kernels = build_method(recipe, task, device)
+    log += [kernels] if kernels else []
 
     def opener(spec: LoaderSpec) -> EpochLoader:
         return open_loader(name, spec, device, recipe.data.workers)
@@ -183,18 +185,29 @@ def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int]) -
     return target
 
 
-def build_method(recipe: Recipe, task: SingleLabel) -> Method:
-    """The recipe's method.
+def build_method(recipe: Recipe, task: SingleLabel, device: torch.device) -> tuple[Method, str]:
+    """The recipe's method, and a line for the log on the implementation of its losses.
 
     Raises:
-        ValueError: unknown, or without the sources it needs.
+        ValueError: unknown, without the sources it needs, or with kernels that cannot run on the device.
     """
     name = recipe.method.name
     if name not in METHODS:
         raise ValueError(f"method.name: no method is called {name!r}; there are {', '.join(METHODS)}")
     if name != "scratch" and not recipe.chosen_sources():
         raise ValueError(f"sources: {name} needs at least one; the recipe chooses none")
-    return METHODS[name](task, recipe.transfer)
+    sources, transfer = recipe.chosen_sources(), recipe.transfer
+    if not sources:
+        return METHODS[name](task, transfer, None), ""
+    aux_loss = SoftTargetLoss(
+        [s.classes for s in sources],
+        kind=transfer.loss,
+        temperature=transfer.temperature,
+        reduction=transfer.kd_reduction,
+        implementation=recipe.run.kernels,
+        device=device.type,
+    )
+    return METHODS[name](task, transfer, aux_loss), f"soft-target losses: {aux_loss.implementation} ({aux_loss.why})"
 
 
 def recalls(recipe: Recipe) -> bool:

@@ -64,6 +64,7 @@ _MAY_DIFFER = {
     "dir",
     "device",
     "compile",
+    "kernels",
     "threads",
     "parallel",
     "seeds",

@@ -50,7 +50,7 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
     content["activation_bytes_per_image"] = _activation_bytes(target, recipe.data.size, dtype)
     if source_classes is None:
         content["flops_per_image"] |= {s.name: _source_flops(s) for s in recipe.chosen_sources()}
-    content["kernels"] = "{} ({})".format(*kernels.implementation(device.type))
+    content["kernels"] = "{} ({})".format(*kernels.implementation(device.type, recipe.run.kernels))
     return content
 
 

@@ -187,6 +187,8 @@ class Run:
     """Keep activations and weights in NHWC order."""
     compile: bool = False
     """torch.compile the target: slow to start, faster steps on a GPU."""
+    kernels: Literal["auto", "triton", "compiled", "reference"] = "auto"
+    """Implementation of the soft-target losses; auto: one fused Triton kernel on CUDA, plain PyTorch elsewhere."""
     threads: int = 0
     """CPU threads; 0 for all cores (shared out between parallel runs)."""
     eval_every: int = 1

@@ -1,14 +1,19 @@
 """fasttrain.kernels: the losses between a target's auxiliary logits and its sources' soft labels.
 
-Imports nothing else of fasttrain. :func:`soft_target_loss` is the way in. Today it is the plain PyTorch reference on
-every device; faster implementations take their place beside it and must agree with it.
+Imports nothing else of fasttrain. :func:`soft_target_loss` (or, in a training loop, :class:`SoftTargetLoss`) is the way
+in: a fused Triton kernel on CUDA, plain PyTorch elsewhere, the same numbers.
 """
 
-from .reference import soft_target_loss
+from .dispatch import IMPLEMENTATIONS, implementation
+from .problem import Probabilities, SoftTarget, TopK
+from .soft_target import SoftTargetLoss, soft_target_loss
 
-__all__ = ["implementation", "soft_target_loss"]
-
-
-def implementation(device: str) -> tuple[str, str]:
-    """Which implementation :func:`soft_target_loss` uses on a device, and why."""
-    return "reference", f"plain PyTorch in float32 is the only implementation so far (on {device} too)"
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Probabilities",
+    "SoftTarget",
+    "SoftTargetLoss",
+    "TopK",
+    "implementation",
+    "soft_target_loss",
+]

@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter; it looks at this when imported
+    assert "triton" not in sys.modules
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from fasttrain.doctor import OPTIONAL, available
 from fasttrain.recipe import Recipe, load
+
+settings.register_profile("default", max_examples=60)
+settings.register_profile("long", max_examples=1000)
+settings.load_profile("default")
 
 REQUIRED = {part for part in os.environ.get("FASTTRAIN_REQUIRE", "").split(",") if part}
 if REQUIRED:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fasttrain.kernels import SoftTargetLoss
 from fasttrain.models.target import TargetOutput
 from fasttrain.recipe import Transfer
 from fasttrain.sources import SoftTargets
@@ -24,4 +25,8 @@ class Method(Protocol):
         ...
 
 
-METHODS: dict[str, Callable[[SingleLabel, Transfer], Method]] = {"scratch": Scratch, "sskt": Sskt}
+# task, recipe.transfer, and the losses against the sources (None without any) -> method
+METHODS: dict[str, Callable[[SingleLabel, Transfer, SoftTargetLoss | None], Method]] = {
+    "scratch": Scratch,
+    "sskt": Sskt,
+}

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from fasttrain.kernels import SoftTargetLoss
 from fasttrain.models.target import TargetOutput
 from fasttrain.recipe import Transfer
 from fasttrain.sources import SoftTargets
@@ -11,7 +12,7 @@ from fasttrain.tasks import SingleLabel
 class Scratch:
     """The task's loss."""
 
-    def __init__(self, task: SingleLabel, transfer: Transfer) -> None:
+    def __init__(self, task: SingleLabel, transfer: Transfer, aux_loss: SoftTargetLoss | None = None) -> None:
         self.task = task
 
     def step(self, output: TargetOutput, targets_B: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:

@@ -1,0 +1,305 @@
+"""Soft-target losses by one Triton kernel: how it is launched, differentiated, and seen by torch.compile.
+
+Eager calls take the direct way: one launch computes loss and gradient, a second adds up the partial losses, and in
+backward a third finds, on the device, that the gradient is right already. That holds if backward's upstream gradient is
+what forward took it to be: 1, or with a :class:`State` what it was the last time. If it is not, that launch computes the
+gradient anew. The gradient is the same bits either way, and nothing waits for the device.
+
+Under torch.compile, torch.export and other tracing the same kernel runs as two operators, ``fasttrain::soft_target_loss``
+and ``fasttrain::soft_target_grad``, functional as these need it: backward reads student and target once more.
+
+Shape suffixes: B batch, C all sources' classes side by side, M sources.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.library import wrap_triton
+
+from .problem import Probabilities, Problem, SoftTarget, TopK
+from .soft_target_kernel import LOGITS, PROBABILITIES, TOPK_DROP, TOPK_UNIFORM, soft_target_kernel
+
+INTERPRETED = not isinstance(soft_target_kernel, triton.JITFunction)
+_WIDEST = 4096  # classes in a tile; sources with more are passed over twice,
+_LOOPED = 1024  # so many at a time
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a problem is cut up: rows R and columns N of a tile, for sources of up to ``n_small`` classes smaller ones."""
+
+    r: int
+    n: int
+    r_small: int
+    n_small: int
+    k: int
+    loop: int
+    warps: int
+
+
+def tiles_of(class_counts: tuple[int, ...], k_counts: tuple[int, ...], rows: int = 0, widest: int = _WIDEST) -> Tiles:
+    """Tiles for these sources; ``rows`` sets the rows of a tile instead of the rule."""
+    most = widest if max(class_counts) <= widest else min(widest, _LOOPED)
+    n, n_small = (min(most, max(16, _power_of_2(f(class_counts)))) for f in (max, min))
+    r, r_small = (rows or max(1, 256 // x) for x in (n, n_small))
+    loop = int(max(class_counts) > n)
+    k = _power_of_2(max(k_counts)) if k_counts else 1
+    return Tiles(r, n, r_small, n_small, max(2, k), loop, 8 if loop else min(8, max(1, r * n // 256)))
+
+
+def _power_of_2(x: int) -> int:
+    return 1 << (x - 1).bit_length()
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the kernel needs to know of a problem, on one device.
+
+    Attributes:
+        ints: int32 [2 (M + 1)]: where each source's classes begin, then where its top-k entries do.
+        floats: [3, M] in the type of the arithmetic: temperatures, divisors, ones.
+        kd: the kind of loss.
+    """
+
+    ints: Tensor
+    floats: Tensor
+    tiles: Tiles
+    kd: bool
+
+    @property
+    def ones_M(self) -> Tensor:
+        return self.floats[2]
+
+
+_PLANS: dict[tuple, Plan] = {}
+
+
+def plan_of(problem: Problem, k_counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan, made once: its two small tensors are copied to the device at the first call."""
+    key = (problem, k_counts, dtype, device)
+    if key not in _PLANS:
+        _PLANS[key] = _plan(problem, k_counts, dtype, device)
+    return _PLANS[key]
+
+
+def _plan(problem: Problem, k_counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Plan:
+    sources = len(problem.class_counts)
+    floats = (problem.temperatures, tuple(map(float, problem.divisors)), (1.0,) * sources)
+    starts = _starts(problem.class_counts) + _starts(k_counts or (0,) * sources)
+    tiles = tiles_of(problem.class_counts, k_counts, 64 if INTERPRETED else 0)  # its time goes by programs
+    make = _constant if torch.compiler.is_compiling() else torch.tensor
+    kd = problem.kind == "kd"
+    return Plan(make(starts, dtype=torch.int32, device=device), make(floats, dtype=dtype, device=device), tiles, kd)
+
+
+def _starts(counts: tuple[int, ...]) -> tuple[int, ...]:
+    return (0, *accumulate(counts))
+
+
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that a compiled graph holds, so that it is not copied to the device in every step."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+# PyTorch 2.11 cannot hold two constants of one function (seen to work in 2.15); there the copy of a few bytes stays
+if torch.torch_version.TorchVersion(torch.__version__) >= (2, 15):
+    _constant = torch.compiler.assume_constant_result(_constant)
+
+
+class State:
+    """Remembers, on the device, the upstream gradient that backward met last: the next forward expects it again.
+
+    A training loop's upstream gradient is alpha, times the GradScaler's scale: the same at almost every step. The
+    memory decides only what is computed when, never the result.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+    def __call__(self, like_M: Tensor) -> Tensor:
+        """[M] on the device, ones at first."""
+        key = (like_M.device, like_M.dtype, len(like_M))
+        if key not in self._of:
+            self._of[key] = like_M.clone()
+        return self._of[key]
+
+
+def fused(
+    problem: Problem, student_BC: Tensor, target: SoftTarget, valid_B: Tensor | None, state: State | None = None
+) -> Tensor:
+    """The losses [M] of a checked problem; see :func:`fasttrain.kernels.soft_target_loss`."""
+    value, index, form, k_counts = _form_of(target)
+    dtype = torch.float64 if student_BC.dtype == torch.float64 else torch.float32
+    weight_sum = None if valid_B is None else valid_B.sum(dtype=dtype)
+    student_BC, value = _rows_apart(student_BC), _rows_apart(value)
+    index = None if index is None else _rows_apart(index)
+    valid_B = None if valid_B is None else valid_B.contiguous()
+    if torch.compiler.is_compiling() or torch.utils._python_dispatch.is_in_torch_dispatch_mode():
+        plan = _plan(problem, k_counts, dtype, student_BC.device)
+        t = plan.tiles  # not dataclasses.astuple, which Dynamo cannot trace
+        sizes = [t.r, t.n, t.r_small, t.n_small, t.k, t.loop, t.warps]
+        return _loss_op(student_BC, value, index, valid_B, weight_sum, plan.ints, plan.floats, sizes, plan.kd, form)
+    plan = plan_of(problem, k_counts, dtype, student_BC.device)
+    call = _Call(plan, value, index, valid_B, weight_sum, form, state)
+    if student_BC.requires_grad and torch.is_grad_enabled():
+        return _Direct.apply(student_BC, call)
+    return _forward(call, student_BC, None, None)
+
+
+def _form_of(target: SoftTarget) -> tuple[Tensor, Tensor | None, int, tuple[int, ...]]:
+    if isinstance(target, TopK):
+        form = TOPK_UNIFORM if target.remainder == "uniform" else TOPK_DROP
+        return target.value_BK.detach(), target.index_BK, form, tuple(target.counts)
+    if isinstance(target, Probabilities):
+        return target.value_BC.detach(), None, PROBABILITIES, ()
+    return target.detach(), None, LOGITS, ()
+
+
+def _rows_apart(x: Tensor) -> Tensor:
+    """Rows may lie anywhere; within a row the elements must be neighbours."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+@dataclass(eq=False)
+class _Call:
+    plan: Plan
+    target: Tensor
+    index: Tensor | None
+    weight: Tensor | None
+    weight_sum: Tensor | None
+    form: int
+    state: State | None
+
+
+class _Direct(torch.autograd.Function):
+    """Gradient in the forward pass, checked in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, student_BC: Tensor, call: _Call) -> Tensor:
+        ctx.call = call
+        ctx.grad_BC = torch.empty(student_BC.shape, dtype=student_BC.dtype, device=student_BC.device)
+        ctx.used_M = torch.empty_like(call.plan.ones_M)
+        ctx.save_for_backward(student_BC)
+        return _forward(call, student_BC, ctx.grad_BC, ctx.used_M)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream_M: Tensor) -> tuple[Tensor, None]:
+        (student_BC,) = ctx.saved_tensors
+        grad_BC, ctx.grad_BC = ctx.grad_BC, None
+        first = grad_BC is not None  # a second backward pass may not touch what the first one gave away
+        if not first:
+            grad_BC = torch.empty(student_BC.shape, dtype=student_BC.dtype, device=student_BC.device)
+        c, plan = ctx.call, ctx.call.plan
+        remembered = None if c.state is None else c.state(plan.ones_M)
+        _launch(
+            soft_target_kernel, plan.tiles, student_BC, c.target, c.index, c.weight, c.weight_sum, plan.ints,
+            plan.floats, plan.kd, c.form, grad=grad_BC, upstream=upstream_M,
+            used=ctx.used_M if first else None, remembered=remembered, check=first,
+        )  # fmt: skip
+        return grad_BC, None
+
+
+def _forward(call: _Call, student_BC: Tensor, grad_BC: Tensor | None, used_M: Tensor | None) -> Tensor:
+    plan = call.plan
+    upstream = plan.ones_M if call.state is None else call.state(plan.ones_M)
+    partial = _partial(student_BC, plan.floats, plan.tiles.r)
+    _launch(
+        soft_target_kernel, plan.tiles, student_BC, call.target, call.index, call.weight, call.weight_sum, plan.ints,
+        plan.floats, plan.kd, call.form, grad=grad_BC, upstream=upstream, used=used_M, partial=partial,
+    )  # fmt: skip
+    return partial.sum(1)
+
+
+def _partial(student_BC: Tensor, floats_3M: Tensor, rows: int) -> Tensor:
+    """Where the kernel puts the sums of its row tiles, for each source."""
+    return floats_3M.new_empty(floats_3M.shape[1], (student_BC.shape[0] + rows - 1) // rows)
+
+
+def _launch(
+    kernel, tiles: Tiles, student: Tensor, target: Tensor, index: Tensor | None, weight: Tensor | None,
+    weight_sum: Tensor | None, ints: Tensor, floats: Tensor, kd: bool, form: int, *, upstream: Tensor,
+    grad: Tensor | None = None, partial: Tensor | None = None, used: Tensor | None = None,
+    remembered: Tensor | None = None, check: bool = False,
+) -> None:  # fmt: skip
+    """One launch. What is not needed is filled up with a tensor that is there: no pointer is ever empty."""
+    rows, sources = student.shape[0], floats.shape[1]
+    # Triton launches on the current device
+    elsewhere = type(student) is Tensor and student.is_cuda and torch.cuda.current_device() != student.device.index
+    with torch.cuda.device(student.device) if elsewhere else nullcontext():
+        kernel[((rows + tiles.r - 1) // tiles.r, sources)](
+            student, target, student if index is None else index, student if weight is None else weight,
+            floats if weight_sum is None else weight_sum, student if grad is None else grad,
+            floats if partial is None else partial, ints, floats, upstream,
+            floats if used is None else used, floats if remembered is None else remembered,
+            rows, student.stride(0), target.stride(0), 0 if index is None else index.stride(0),
+            0 if grad is None else grad.stride(0), upstream.stride(0),
+            KD=kd, FORM=form, WEIGHTED=weight is not None, LOSS=partial is not None, GRAD=grad is not None,
+            CHECK=check, KEEP=used is not None and not check, REMEMBER=remembered is not None, DOUBLE=floats.dtype == torch.float64,
+            R=tiles.r, N=tiles.n, R_SMALL=tiles.r_small, N_SMALL=tiles.n_small, K=tiles.k, LOOP=bool(tiles.loop),
+            num_warps=tiles.warps,
+        )  # fmt: skip
+
+
+# -- operators, for tracing -------------------------------------------------------------------------------------------
+
+
+def _loss(
+    student: Tensor, target: Tensor, index: Tensor | None, weight: Tensor | None, weight_sum: Tensor | None,
+    ints: Tensor, floats: Tensor, sizes: list[int], kd: bool, form: int,
+) -> Tensor:  # fmt: skip
+    tiles = Tiles(*sizes)
+    partial = _partial(student, floats, tiles.r)
+    _launch(
+        _traceable(soft_target_kernel), tiles, student, target, index, weight, weight_sum, ints, floats, kd, form,
+        upstream=floats[2], partial=partial,
+    )  # fmt: skip
+    return partial.sum(1)
+
+
+def _grad(
+    student: Tensor, target: Tensor, index: Tensor | None, weight: Tensor | None, weight_sum: Tensor | None,
+    ints: Tensor, floats: Tensor, sizes: list[int], kd: bool, form: int, upstream: Tensor,
+) -> Tensor:  # fmt: skip
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    _launch(
+        _traceable(soft_target_kernel), Tiles(*sizes), student, target, index, weight, weight_sum, ints, floats, kd,
+        form, upstream=upstream, grad=grad,
+    )  # fmt: skip
+    return grad
+
+
+def _traceable(kernel):
+    return kernel if INTERPRETED else wrap_triton(kernel)
+
+
+def _operator(name: str, function, fake):
+    """The interpreter's Python cannot be traced: there the operators are opaque."""
+    if not INTERPRETED:
+        return torch.library.triton_op(name, function, mutates_args=())
+    operator = torch.library.custom_op(name, function, mutates_args=())
+    operator.register_fake(fake)
+    return operator
+
+
+_loss_op = _operator("fasttrain::soft_target_loss", _loss, lambda student, *rest: rest[5].new_empty(rest[5].shape[1]))
+_grad_op = _operator("fasttrain::soft_target_grad", _grad, lambda student, *rest: student.new_empty(student.shape))
+
+
+def _save(ctx, inputs, output) -> None:
+    student, target, index, weight, weight_sum, ints, floats, ctx.sizes, ctx.kd, ctx.form = inputs
+    ctx.save_for_backward(student, target, index, weight, weight_sum, ints, floats)
+
+
+def _backward(ctx, upstream_M: Tensor):
+    student, target, index, weight, weight_sum, ints, floats = ctx.saved_tensors
+    grad = _grad_op(student, target, index, weight, weight_sum, ints, floats, ctx.sizes, ctx.kd, ctx.form, upstream_M)
+    return grad, None, None, None, None, None, None, None, None, None
+
+
+_loss_op.register_autograd(_backward, setup_context=_save)
