@@ -1,11 +1,11 @@
-"""Maps the folders ``loaders/`` and ``kernels/`` to ``fasttrain.loaders`` and ``fasttrain.kernels``.
+"""Maps the folders ``loaders/``, ``kernels/`` and ``benchmarks/`` into the package ``fasttrain``.
 
-Installed under their own names they would take two very general ones in everybody's site-packages.
+Installed under their own names they would take very general ones in everybody's site-packages.
 """
 
 from setuptools import find_packages, setup
 
-PARTS = {"loaders": "fasttrain.loaders", "kernels": "fasttrain.kernels"}
+PARTS = {"loaders": "fasttrain.loaders", "kernels": "fasttrain.kernels", "benchmarks": "fasttrain.benchmarks"}
 
 packages = [f"fasttrain.{p}" for p in find_packages("fasttrain")]
 for folder, name in PARTS.items():

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from statistics import median
+from typing import Any
 
 WORKER = """
 import json, sys, time, torch
@@ -43,8 +44,8 @@ for _ in range(3):
 print(a["batch"] / sorted(step() for _ in range(a["steps"]))[a["steps"] // 2])
 """
 
-BASE = {"threads": 2, "channels_last": True, "bf16": False, "compile": False, "processes": 1}
-ROWS = {
+BASE: dict[str, Any] = {"threads": 2, "channels_last": True, "bf16": False, "compile": False, "processes": 1}
+ROWS: dict[str, dict] = {
     "float32 channels_last": {},
     "float32 NCHW": {"channels_last": False},
     "bf16 channels_last": {"bf16": True},
@@ -72,7 +73,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
-    start, repeats = time.time(), {name: [] for name in ROWS}
+    start = time.time()
+    repeats: dict[str, list[float]] = {name: [] for name in ROWS}
     for _ in range(arguments.repeats):
         for name, row in ROWS.items():
             repeats[name].append(images_per_s(row, arguments.size, arguments.batch))

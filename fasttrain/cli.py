@@ -1,10 +1,12 @@
 """The command line: ``fasttrain COMMAND [RECIPE] [--field value ...]``."""
 
+import importlib
 import json
 import os
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 USAGE = """\
 usage: fasttrain COMMAND ...
@@ -16,6 +18,7 @@ usage: fasttrain COMMAND ...
   eval RUN [--split test|val] [--field value ...]
                                          figures of a run's folder or checkpoint (--json)
   export RUN --out FILE                  the trained target alone, as an exported program (.pt2)
+  bench kernels [--json FILE]            speed of the soft-target losses beside others' (`fasttrain bench kernels -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
 
 `fasttrain train --help` explains every field.
@@ -117,6 +120,25 @@ def _export(given: list[str]) -> int:
     return 0
 
 
+def _bench(given: list[str]) -> int:
+    suite, rest = _name(given)
+    if suite not in SUITES:
+        raise ValueError(f"bench needs a suite, not {suite!r}; there are {', '.join(SUITES)}")
+    module = importlib.import_module(f"fasttrain.benchmarks.{suite}")
+    if _asks_help(rest):
+        print(module.__doc__)
+        return 0
+    rest, file = _option(rest, "--json")
+    from . import environment, files
+
+    content = module.run(rest)
+    for name, why in content["not_run"].items():
+        print(f"not run: {name}: {why}")
+    if file:
+        files.write_json(Path(file), {"suite": suite} | environment.environment() | content)
+    return 0
+
+
 def _doctor(given: list[str]) -> int:
     from . import doctor
 
@@ -128,11 +150,13 @@ def _doctor(given: list[str]) -> int:
     return 0
 
 
+SUITES = ("kernels",)
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "describe": _describe,
     "eval": _eval,
     "export": _export,
+    "bench": _bench,
     "doctor": _doctor,
 }
 

@@ -17,8 +17,8 @@ from . import checkpoint
 from .build import Parts
 from .environment import environment
 from .files import remove_unfinished, write_json, write_text
+from .kernels import network_input
 from .loaders import Batch
-from .loaders.resample import to_float
 from .log import Clock, RunLog, Watcher
 from .optim import Schedule, build_average, build_optimiser
 from .recipe import to_yaml
@@ -108,7 +108,7 @@ class Trainer:
             soft = self.sources(batch) if self.sources is not None else None
         with self.clock("target"):
             with torch.autocast(device.type, self.parts.dtype, enabled=self.parts.dtype != torch.float32):
-                output = self.model(to_float(batch.pixels, self.mean, self.std), aux=soft is not None)
+                output = self.model(network_input(batch.pixels, self.mean, self.std), aux=soft is not None)
             losses = self.method.step(output, batch.targets, soft)
             self.scaler.scale(losses["loss"]).backward()
         with self.clock("optimiser"):
@@ -260,6 +260,6 @@ def evaluate(parts: Parts, target: torch.nn.Module, split: str) -> dict[str, flo
     loader.set_epoch(0)
     for batch in loader:
         with torch.autocast(parts.device.type, parts.dtype, enabled=parts.dtype != torch.float32):
-            logits.append(target(to_float(batch.pixels, mean, std)).logits_BK.float())
+            logits.append(target(network_input(batch.pixels, mean, std)).logits_BK.float())
         targets.append(batch.targets)
     return parts.task.evaluate(torch.cat(logits), torch.cat(targets))

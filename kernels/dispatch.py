@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .reference import reference
+from .reference import differentiable, loss_and_gradient
 
 IMPLEMENTATIONS = ("auto", "triton", "compiled", "reference")
 
@@ -43,13 +43,15 @@ def function(name: str) -> Callable[..., Any]:
         from .fused import fused  # imports triton
 
         return fused
-    plain = _compiled() if name == "compiled" else reference
-    return lambda problem, student_BC, target, valid_B, state: plain(problem, student_BC, target, valid_B)
+    core = _compiled() if name == "compiled" else loss_and_gradient
+    return lambda problem, student_BC, target, valid_B, state: differentiable(
+        core, problem, student_BC, target, valid_B
+    )
 
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(reference)
+    return torch.compile(loss_and_gradient)
 
 
 @cache

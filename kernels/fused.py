@@ -11,22 +11,19 @@ and ``fasttrain::soft_target_grad``, functional as these need it: backward reads
 Shape suffixes: B batch, C all sources' classes side by side, M sources.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.library import wrap_triton
 
 from .problem import Probabilities, Problem, SoftTarget, TopK
 from .soft_target_kernel import LOGITS, PROBABILITIES, TOPK_DROP, TOPK_UNIFORM, soft_target_kernel
+from .tracing import INTERPRETED, launcher, on_device_of, operator
 
-INTERPRETED = not isinstance(soft_target_kernel, triton.JITFunction)
 _WIDEST = 4096  # classes in a tile; sources with more are passed over twice,
-_LOOPED = 1024  # so many at a time
+_LOOPED = 1024  # so many at a time: with 2048 some variants spill registers (kernels/resources.py)
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,8 @@ def tiles_of(class_counts: tuple[int, ...], k_counts: tuple[int, ...], rows: int
     r, r_small = (rows or max(1, 256 // x) for x in (n, n_small))
     loop = int(max(class_counts) > n)
     k = _power_of_2(max(k_counts)) if k_counts else 1
-    return Tiles(r, n, r_small, n_small, max(2, k), loop, 8 if loop else min(8, max(1, r * n // 256)))
+    warps = 8 if loop else max(2, r * n // 256)
+    return Tiles(r, n, r_small, n_small, max(2, k), loop, warps)
 
 
 def _power_of_2(x: int) -> int:
@@ -107,7 +105,7 @@ def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 # PyTorch 2.11 cannot hold two constants of one function (seen to work in 2.15); there the copy of a few bytes stays
-if torch.torch_version.TorchVersion(torch.__version__) >= (2, 15):
+if torch.__version__ >= "2.15":  # compared as a version
     _constant = torch.compiler.assume_constant_result(_constant)
 
 
@@ -229,9 +227,7 @@ def _launch(
 ) -> None:  # fmt: skip
     """One launch. What is not needed is filled up with a tensor that is there: no pointer is ever empty."""
     rows, sources = student.shape[0], floats.shape[1]
-    # Triton launches on the current device
-    elsewhere = type(student) is Tensor and student.is_cuda and torch.cuda.current_device() != student.device.index
-    with torch.cuda.device(student.device) if elsewhere else nullcontext():
+    with on_device_of(student):
         kernel[((rows + tiles.r - 1) // tiles.r, sources)](
             student, target, student if index is None else index, student if weight is None else weight,
             floats if weight_sum is None else weight_sum, student if grad is None else grad,
@@ -240,9 +236,9 @@ def _launch(
             rows, student.stride(0), target.stride(0), 0 if index is None else index.stride(0),
             0 if grad is None else grad.stride(0), upstream.stride(0),
             KD=kd, FORM=form, WEIGHTED=weight is not None, LOSS=partial is not None, GRAD=grad is not None,
-            CHECK=check, KEEP=used is not None and not check, REMEMBER=remembered is not None, DOUBLE=floats.dtype == torch.float64,
-            R=tiles.r, N=tiles.n, R_SMALL=tiles.r_small, N_SMALL=tiles.n_small, K=tiles.k, LOOP=bool(tiles.loop),
-            num_warps=tiles.warps,
+            CHECK=check, KEEP=used is not None and not check, REMEMBER=remembered is not None,
+            DOUBLE=floats.dtype == torch.float64, R=tiles.r, N=tiles.n, R_SMALL=tiles.r_small,
+            N_SMALL=tiles.n_small, K=tiles.k, LOOP=bool(tiles.loop), num_warps=tiles.warps,
         )  # fmt: skip
 
 
@@ -256,7 +252,7 @@ def _loss(
     tiles = Tiles(*sizes)
     partial = _partial(student, floats, tiles.r)
     _launch(
-        _traceable(soft_target_kernel), tiles, student, target, index, weight, weight_sum, ints, floats, kd, form,
+        launcher(soft_target_kernel), tiles, student, target, index, weight, weight_sum, ints, floats, kd, form,
         upstream=floats[2], partial=partial,
     )  # fmt: skip
     return partial.sum(1)
@@ -268,27 +264,14 @@ def _grad(
 ) -> Tensor:  # fmt: skip
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     _launch(
-        _traceable(soft_target_kernel), Tiles(*sizes), student, target, index, weight, weight_sum, ints, floats, kd,
+        launcher(soft_target_kernel), Tiles(*sizes), student, target, index, weight, weight_sum, ints, floats, kd,
         form, upstream=upstream, grad=grad,
     )  # fmt: skip
     return grad
 
 
-def _traceable(kernel):
-    return kernel if INTERPRETED else wrap_triton(kernel)
-
-
-def _operator(name: str, function, fake):
-    """The interpreter's Python cannot be traced: there the operators are opaque."""
-    if not INTERPRETED:
-        return torch.library.triton_op(name, function, mutates_args=())
-    operator = torch.library.custom_op(name, function, mutates_args=())
-    operator.register_fake(fake)
-    return operator
-
-
-_loss_op = _operator("fasttrain::soft_target_loss", _loss, lambda student, *rest: rest[5].new_empty(rest[5].shape[1]))
-_grad_op = _operator("fasttrain::soft_target_grad", _grad, lambda student, *rest: student.new_empty(student.shape))
+_loss_op = operator("fasttrain::soft_target_loss", _loss, lambda student, *rest: rest[5].new_empty(rest[5].shape[1]))
+_grad_op = operator("fasttrain::soft_target_grad", _grad, lambda student, *rest: student.new_empty(student.shape))
 
 
 def _save(ctx, inputs, output) -> None:

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -31,7 +31,7 @@ class Variant:
     name: str
     kernel: object
     signature: dict[str, str]
-    constants: dict[str, object]
+    constants: Mapping[str, object]
     warps: int
 
 
@@ -47,7 +47,7 @@ class Resources:
     warps: int
 
 
-SIZES = {"10": (10,), "1000+365": (1000, 365), "4096": (4096,), "21841": (21841,), "10+21841": (10, 21841)}
+SIZES = {"10": (10,), "1000+365": (1000, 365), "4096": (4096,), "10+21841": (10, 21841)}
 STAGES = {  # the passes differ in what they write; the gradient does not depend on the kind
     "forward, ce": {"KD": False, "LOSS": True, "GRAD": True, "CHECK": False, "KEEP": True, "REMEMBER": False},
     "forward, kd": {"KD": True, "LOSS": True, "GRAD": True, "CHECK": False, "KEEP": True, "REMEMBER": False},
@@ -58,6 +58,7 @@ STAGES = {  # the passes differ in what they write; the gradient does not depend
 def variants() -> Iterator[Variant]:
     """The specialisations of training and of the benchmarks: every form, pass and size, with weighted rows."""
     from .fused import tiles_of
+    from .pixels_kernel import BLOCK, WARPS, pixels_kernel
     from .soft_target_kernel import LOGITS, PROBABILITIES, TOPK_DROP, TOPK_UNIFORM, soft_target_kernel
 
     forms = {"logits": LOGITS, "probabilities": PROBABILITIES, "top-k": TOPK_UNIFORM, "top-k dropped": TOPK_DROP}
@@ -78,6 +79,12 @@ def variants() -> Iterator[Variant]:
         signature = {name: types.get(name, "i32") for name in soft_target_kernel.arg_names}
         name = f"soft target, {form_name}, {held[1:]}, {classes} classes, {stage}"
         yield Variant(name, soft_target_kernel, signature, constants, tiles.warps)
+    for held, resize in product(("*bf16", "*fp16", "*fp32"), (False, True)):
+        types = {"pixels": "*u8", "mean": "*fp32", "std": "*fp32", "out": held}
+        constants = {"OUT_H": 224, "OUT_W": 224, "RESIZE": resize, "BLOCK": BLOCK}
+        types |= dict.fromkeys(constants, "constexpr")
+        signature = {name: types.get(name, "i32") for name in pixels_kernel.arg_names}
+        yield Variant(f"pixels, {held[1:]}{', resized' * resize}", pixels_kernel, signature, constants, WARPS)
 
 
 def compiled(variant: Variant, architecture: int) -> Resources:

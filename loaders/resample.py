@@ -10,7 +10,6 @@ Shape suffixes: B batch, H W stored height and width, S output side, C channels 
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .views import View
@@ -60,18 +59,6 @@ def centre_square(image_HWC: np.ndarray, side: int) -> np.ndarray:
     view = View(box_B4, np.zeros((1, 2), dtype=bool), np.zeros(1, dtype=np.int64))
     out_1CSS = cut(torch.from_numpy(np.require(image_HWC, requirements=["C", "W"]))[None], view, side)
     return out_1CSS[0].permute(1, 2, 0).contiguous().numpy()
-
-
-def to_float(pixel_BCHW: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normalised pixels, channels_last: ``(pixel - mean) / std`` with both in the units of the pixels (0 .. 255)."""
-    return ((pixel_BCHW.float() - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).to(dtype)
-
-
-def enlarge(pixel_BCHW: Tensor, size: int) -> Tensor:
-    """uint8 pixels bilinearly resized to ``size``, as float32 in 0 .. 255, on the pixels' device."""
-    if pixel_BCHW.shape[-2:] == (size, size):
-        return pixel_BCHW.float()
-    return F.interpolate(pixel_BCHW.float(), size=(size, size), mode="bilinear", antialias=True)
 
 
 def _round(sum_: Tensor) -> Tensor:

@@ -7,4 +7,4 @@ mkdir -p build/tree/fasttrain
 for entry in "$PWD"/fasttrain/*; do
     ln -s "$entry" build/tree/fasttrain/
 done
-ln -s "$PWD/loaders" "$PWD/kernels" build/tree/fasttrain/
+ln -s "$PWD/loaders" "$PWD/kernels" "$PWD/benchmarks" build/tree/fasttrain/

@@ -6,7 +6,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-from fasttrain.loaders.resample import enlarge, to_float
+from fasttrain.kernels import network_input
 from fasttrain.recipe import Source
 
 from .weights import digest_of, find_file, fit, read_weights
@@ -39,8 +39,8 @@ class SourceNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_BCHW: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> logits [B, classes]; resized bilinearly to the source's own size."""
-        x_BCHW = to_float(enlarge(pixel_BCHW, self.spec.size), self.mean, self.std)  # type: ignore[arg-type]
-        return self.network(x_BCHW.contiguous(memory_format=torch.channels_last))
+        x_BCHW = network_input(pixel_BCHW, self.mean, self.std, size=self.spec.size)  # type: ignore[arg-type]
+        return self.network(x_BCHW)
 
 
 def open_source(spec: Source) -> SourceNetwork:

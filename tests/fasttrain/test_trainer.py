@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fasttrain.loaders.resample import to_float
+from fasttrain.kernels import network_input
 
 from fasttrain import trainer as trainer_module
 from fasttrain.build import build
@@ -106,7 +106,7 @@ def test_one_step_is_the_papers_equation(small, tmp_path):
     batch = next(iter(parts.loaders["train"]))
     soft = trainer.sources(batch)
     parts.target.train()
-    pixels = to_float(batch.pixels, trainer.mean, trainer.std)
+    pixels = network_input(batch.pixels, trainer.mean, trainer.std)
     out = parts.target(pixels, aux=True)
     ce = -out.logits_BK.double().log_softmax(1)[torch.arange(len(batch)), batch.targets].mean()
     p = (soft.logits_BC.double() / 2).softmax(1)

@@ -1,6 +1,6 @@
 """Every variant of every kernel, compiled ahead of time: no register may spill, and many blocks must fit on a processor.
 
-A process of its own for each architecture, without Triton's interpreter. First time 50 s each; Triton keeps what it compiled.
+A process of its own for each architecture, without Triton's interpreter. First time 45 s each; Triton keeps what it compiled.
 """
 
 import json
@@ -22,7 +22,7 @@ def test_no_spills_and_good_occupancy(architecture, need):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)
-    assert len(rows) >= 75
+    assert len(rows) >= 60
     names = " ".join(row["name"] for row in rows)
     for part in ("logits", "probabilities", "top-k", "fp32", "bf16", "1000+365", "21841", "backward", "kd", "pixels"):
         assert part in names
@@ -30,6 +30,7 @@ def test_no_spills_and_good_occupancy(architecture, need):
     for row in rows:
         threads = 32 * row["warps"]
         blocks = min(REGISTERS // (row["registers"] * threads), SHARED // max(row["shared"], 1), THREADS // threads)
-        # a quarter of the threads hides the latency of memory where each has several loads under way
-        assert blocks * threads >= THREADS // 4 or "top-k" in row["name"] or "4096" in row["name"], row
-        assert row["registers"] <= 128 and blocks >= 2 and row["shared"] <= 8192, row
+        # a quarter of the threads hides the latency of memory, where each has several loads under way
+        least = THREADS // 2 if "1000+365" in row["name"] else THREADS // 4
+        assert blocks * threads >= least, row
+        assert row["registers"] <= 112 and row["shared"] <= 2048, row

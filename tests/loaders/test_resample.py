@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from fasttrain.loaders.resample import centre_square, cut, cut_from_store, enlarge, to_float
+from fasttrain.loaders.resample import centre_square, cut, cut_from_store
 from fasttrain.loaders.views import View, ViewPlan
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,16 +109,6 @@ def test_centre_square():
     image = photographs(1, 30, 50)[0].numpy()
     assert (centre_square(image, 30) == image[:, 10:40]).all()
     assert centre_square(image, 12).shape == (12, 12, 3)
-
-
-def test_normalisation_and_enlargement():
-    pixels = photographs(2, 12, 12).permute(0, 3, 1, 2)
-    out = to_float(pixels, torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5, 6]))
-    assert torch.equal(out[:, 1], (pixels[:, 1].float() - 2) / 5)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    large = enlarge(pixels, 24)
-    assert large.shape == (2, 3, 24, 24) and large.dtype == torch.float32
-    assert torch.equal(enlarge(pixels, 12), pixels.float())
 
 
 @pytest.mark.gpu
