@@ -8,12 +8,14 @@
 .PHONY: demo test venv lint docs gpu clean
 
 VENV := .venv
-PY ?= $(VENV)/bin/python
+PY ?= $(abspath $(VENV)/bin/python)
 SETUP := pyproject.toml setup.py scripts/venv.sh
 DEMO_ARGS ?=
 TEST_ARGS ?=
 # what benchmarks and GPU tests leave
 OUT ?= build/gpu
+# not from the root: there Python would find the folder fasttrain/ instead of the package as setup.py maps it
+ON_GPU = cd build/run && FASTTRAIN_REQUIRE_GPU=1 PYTHONPATH=../tree$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PY) -m
 
 demo: $(VENV)/.demo-ready
 	$(VENV)/bin/fasttrain train demo $(DEMO_ARGS)
@@ -40,12 +42,14 @@ lint: $(VENV)/.test-ready
 docs: $(VENV)/.test-ready
 	$(VENV)/bin/python scripts/make_docs.py
 
-# PY=python3 make gpu: with a Python that has PyTorch for the GPU already, nothing is installed
+# PY=python3 make gpu: with a Python that has PyTorch for the GPU, and what the tests import, already; nothing is installed
 gpu:
 	@sh scripts/tree.sh
-	@mkdir -p $(OUT)
-	FASTTRAIN_REQUIRE_GPU=1 PYTHONPATH=build/tree $(PY) -m pytest -m gpu -p no:cacheprovider --junitxml=$(OUT)/gpu-tests.xml
-	PYTHONPATH=build/tree $(PY) -m fasttrain doctor --json > $(OUT)/doctor.json
+	@rm -rf build/run && mkdir -p build/run $(OUT) && cp -r tests pyproject.toml build/run
+	$(ON_GPU) fasttrain doctor --json > $(abspath $(OUT))/doctor.json
+	$(ON_GPU) pytest -m gpu --junitxml=$(abspath $(OUT))/gpu-tests.xml
+	$(ON_GPU) pytest tests/kernels --ignore tests/kernels/test_resources.py --junitxml=$(abspath $(OUT))/kernel-tests.xml
+	$(ON_GPU) fasttrain bench kernels --batch 512,8192 --json $(abspath $(OUT))/kernels.json
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -79,12 +79,12 @@ def main() -> None:
         for name, row in ROWS.items():
             repeats[name].append(images_per_s(row, arguments.size, arguments.batch))
     first = median(repeats[next(iter(ROWS))])
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": n, "images_per_s": median(r), "relative_to": {next(iter(ROWS)): median(r) / first}, "repeats": r}
         for n, r in repeats.items()
     ]
     for row in rows:
-        print(f"{row['name']:30} {row['images_per_s']:7.0f} images/s  x {next(iter(row['relative_to'].values())):.2f}")
+        print(f"{row['name']:30} {row['images_per_s']:7.0f} images/s  x {row['images_per_s'] / first:.2f}")
     print(f"ResNet-20, {arguments.size} px, batch {arguments.batch}; {time.time() - start:.0f} s")
     if arguments.json:
         content = (

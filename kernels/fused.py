@@ -43,11 +43,11 @@ def tiles_of(class_counts: tuple[int, ...], k_counts: tuple[int, ...], rows: int
     """Tiles for these sources; ``rows`` sets the rows of a tile instead of the rule."""
     most = widest if max(class_counts) <= widest else min(widest, _LOOPED)
     n, n_small = (min(most, max(16, _power_of_2(f(class_counts)))) for f in (max, min))
-    r, r_small = (rows or max(1, 256 // x) for x in (n, n_small))
+    k = max(2, _power_of_2(max(k_counts))) if k_counts else 2
+    r, r_small = (rows or max(1, 256 // max(x, k)) for x in (n, n_small))
     loop = int(max(class_counts) > n)
-    k = _power_of_2(max(k_counts)) if k_counts else 1
     warps = 8 if loop else max(2, r * n // 256)
-    return Tiles(r, n, r_small, n_small, max(2, k), loop, warps)
+    return Tiles(r, n, r_small, n_small, k, loop, warps)
 
 
 def _power_of_2(x: int) -> int:

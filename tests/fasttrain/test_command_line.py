@@ -127,7 +127,7 @@ def test_damaged_checkpoint(fasttrain, tmp_path):
 
 
 def test_other_mistakes(fasttrain, tmp_path):
-    refused(fasttrain("trian"), "there is no command 'trian'; there are train, describe, eval, export, doctor")
+    refused(fasttrain("trian"), "there is no command 'trian'; there are train, describe, eval, export, bench, doctor")
     refused(fasttrain("train"), "train needs a recipe")
     refused(fasttrain("train", "nothing"), "no packaged recipe is called 'nothing'")
     refused(fasttrain("eval", str(tmp_path)), "is no run's folder")
@@ -179,8 +179,36 @@ def test_describe_without_any_weights(fasttrain):
     assert module["flops_per_image"]["target_training"] == pytest.approx(2.69e9, rel=0.01)  # as published code's
 
 
+def test_bench_kernels(fasttrain, tmp_path):
+    """Every row that this machine can run, side by side; what it cannot, with the reason."""
+    arguments = ("--classes", "20", "--batch", "8", "--rounds", "1", "--json", "out/kernels.json")
+    out = fasttrain("bench", "kernels", *arguments, TRITON_INTERPRET="0")
+    assert out.returncode == 0, out.stderr
+    content = json.loads((tmp_path / "out/kernels.json").read_text())
+    assert content["suite"] == "kernels" and content["copy_bytes_per_s"] > 1e8
+    assert content["machine"]["cpu"] and content["versions"]["torch"]
+    rows = {row["name"]: row for row in content["rows"]}
+    losses = {name.partition(",")[0] for name in rows if name.endswith("B=8 C=20")}
+    if "fasttrain" in content["not_run"]:
+        assert losses == {"eager", "compiled", "reference", "reference compiled"}
+        assert "does not run on cpu" in content["not_run"]["fasttrain"]
+    else:
+        assert {"eager", "compiled", "fasttrain"} <= losses
+    eager, ours = rows["eager, B=8 C=20"], rows["reference, B=8 C=20"]
+    assert ours["relative_to"]["eager, B=8 C=20"] == pytest.approx(eager["ms"] / ours["ms"])
+    assert ours["copy_share"] == pytest.approx(ours["floor_ms"] / ours["ms"]) and len(ours["repeats"]) >= 3
+    for wrong, message in (
+        (("kernel",), "bench needs a suite, not 'kernel'; there are kernels"),
+        (("kernels", "--batch", "0"), "numbers must be above 0"),
+        (("kernels", "--dtype", "int8"), "invalid choice"),
+        (("kernels", "--fast"), "--fast"),
+    ):
+        refused(fasttrain("bench", *wrong), message)
+
+
 def test_doctor(fasttrain):
     content = json.loads(fasttrain("doctor", "--json").stdout)
+    assert content["uses"]["soft-target losses"].startswith("triton" if torch.cuda.is_available() else "reference")
     assert content["optional"]["triton"]["works"] is True
     assert set(content["uses"]) == {"device", "precision", "loader", "soft-target losses", "optimiser"}
     assert "apex: " in fasttrain("doctor").stdout

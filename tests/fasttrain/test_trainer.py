@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fasttrain.kernels import network_input
@@ -120,6 +121,21 @@ def test_one_step_is_the_papers_equation(small, tmp_path):
     for name, value in parts.target.named_parameters():
         expected = before[name] - 0.05 * (gradients[name] + 5e-4 * before[name])
         assert torch.allclose(value, expected, atol=2e-6), name
+
+
+def test_the_fused_kernel_trains_like_the_reference(small, need):
+    """Through the whole loop, in Triton's interpreter where there is no GPU; and the log says which of them it is."""
+    need("triton")
+    common = ("--transfer.alpha", "0.5", "--transfer.loss", "kd", "--run.precision", "fp32", "--run.log_every", "1")
+    curves = []
+    for name in ("reference", "triton"):
+        folder = fit(small(*common, "--run.kernels", name, "--optim.epochs", "2", "--name", name))
+        curves.append([(line["loss"], line["aux/tiny"]) for line in read_lines(folder, "step")])
+        log = json.loads((folder / "summary.json").read_text())["log"]
+        assert f"soft-target losses: {name} (as asked)" in log
+    assert len(curves[0]) == 4
+    np.testing.assert_allclose(curves[0], curves[1], rtol=2e-5)
+    assert "soft-target losses: " not in " ".join(build(small("--method.name", "scratch")).log)
 
 
 def test_sources_and_heads_never_run_in_evaluation(small, monkeypatch):
