@@ -1,4 +1,4 @@
-"""Makes docs/fields.md from the recipe, and the README's demo table from benchmarks/results. ``--check``: only compares."""
+"""Makes docs/fields.md from the recipe, and tables of figures from benchmarks/results. ``--check``: only compares."""
 
 import json
 import re
@@ -67,11 +67,35 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
+def kernel_table() -> str:
+    """The newest CPU result of ``bench kernels``: a line for each shape, times eager's speed."""
+    path = max((ROOT / "benchmarks/results").glob("*-kernels-cpu.json"))
+    shapes: dict[tuple[int, int], dict[str, float]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        if "classes" in row:
+            shapes.setdefault((row["batch"], row["classes"]), {})[row["name"].partition(", B=")[0]] = row["ms"]
+    names = list(next(iter(shapes.values())))
+    lines = [f"| B | classes | {' | '.join(['eager, ms', *names[1:]])} |", "| --- " * (len(names) + 2) + "|"]
+    for (batch, classes), ms in sorted(shapes.items(), key=lambda item: item[0][::-1]):
+        faster = [f"{ms[names[0]] / ms[name]:.1f} x" for name in names[1:]]
+        lines.append(f"| {batch} | {classes} | {ms[names[0]]:.2f} | {' | '.join(faster)} |")
+    return "\n".join(lines)
+
+
+def marked(page: str, mark: str, table: str) -> str:
+    """A page with what stands between the comments of that mark replaced."""
+    text = (ROOT / page).read_text()
+    assert f"<!-- {mark} -->" in text, (page, mark)
+    return re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m: m[1] + table + "\n" + m[2], text, flags=re.S)
+
+
 def main() -> int:
     """Writes the files, or with ``--check`` says which are out of date."""
-    readme = (ROOT / "README.md").read_text()
-    marked = re.sub(r"(<!-- demo -->\n).*?(\n<!-- /demo -->)", lambda m: m[1] + demo_table() + m[2], readme, flags=re.S)
-    wanted = {"docs/fields.md": field_pages(), "README.md": marked}
+    wanted = {
+        "docs/fields.md": field_pages(),
+        "README.md": marked("README.md", "demo", demo_table()),
+        "docs/kernels.md": marked("docs/kernels.md", "kernels", kernel_table()),
+    }
     stale = [name for name, text in wanted.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]
     if "--check" in sys.argv:
         print(f"out of date: {', '.join(stale)}; run `make docs`" if stale else "up to date")

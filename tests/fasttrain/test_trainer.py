@@ -127,6 +127,7 @@ def test_the_fused_kernel_trains_like_the_reference(small, need):
     """Through the whole loop, in Triton's interpreter where there is no GPU; and the log says which of them it is."""
     need("triton")
     common = ("--transfer.alpha", "0.5", "--transfer.loss", "kd", "--run.precision", "fp32", "--run.log_every", "1")
+    common += ("--optim.lr", "0.001")  # small steps do not blow up what rounding changes
     curves = []
     for name in ("reference", "triton"):
         folder = fit(small(*common, "--run.kernels", name, "--optim.epochs", "2", "--name", name))
