@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -43,10 +43,11 @@ def function(name: str) -> Callable[..., Any]:
         from .fused import fused  # imports triton
 
         return fused
-    core = _compiled() if name == "compiled" else loss_and_gradient
-    return lambda problem, student_BC, target, valid_B, state: differentiable(
-        core, problem, student_BC, target, valid_B
-    )
+    return partial(_stateless, _compiled() if name == "compiled" else loss_and_gradient)
+
+
+def _stateless(core, problem, student_BC, target, valid_B, state) -> torch.Tensor:
+    return differentiable(core, problem, student_BC, target, valid_B)
 
 
 @cache

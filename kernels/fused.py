@@ -142,6 +142,8 @@ def fused(
         t = plan.tiles  # not dataclasses.astuple, which Dynamo cannot trace
         sizes = [t.r, t.n, t.r_small, t.n_small, t.k, t.loop, t.warps]
         return _loss_op(student_BC, value, index, valid_B, weight_sum, plan.ints, plan.floats, sizes, plan.kd, form)
+    if not (student_BC.is_cuda or INTERPRETED):
+        raise ValueError(f"the triton kernels need tensors on a GPU, not on {student_BC.device}")
     plan = plan_of(problem, k_counts, dtype, student_BC.device)
     call = _Call(plan, value, index, valid_B, weight_sum, form, state)
     if student_BC.requires_grad and torch.is_grad_enabled():
@@ -182,22 +184,23 @@ class _Direct(torch.autograd.Function):
         ctx.call = call
         ctx.grad_BC = torch.empty(student_BC.shape, dtype=student_BC.dtype, device=student_BC.device)
         ctx.used_M = torch.empty_like(call.plan.ones_M)
-        ctx.save_for_backward(student_BC)
+        # saved, not only kept: changed in place before backward, they would be noticed
+        ctx.save_for_backward(student_BC, call.target, call.index, call.weight, call.weight_sum)
         return _forward(call, student_BC, ctx.grad_BC, ctx.used_M)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream_M: Tensor) -> tuple[Tensor, None]:
-        (student_BC,) = ctx.saved_tensors
+        student_BC, target, index, weight, weight_sum = ctx.saved_tensors
         grad_BC, ctx.grad_BC = ctx.grad_BC, None
         first = grad_BC is not None  # a second backward pass may not touch what the first one gave away
         if not first:
             grad_BC = torch.empty(student_BC.shape, dtype=student_BC.dtype, device=student_BC.device)
-        c, plan = ctx.call, ctx.call.plan
-        remembered = None if c.state is None else c.state(plan.ones_M)
+        plan, state = ctx.call.plan, ctx.call.state
+        remembered = None if state is None else state(plan.ones_M)
         _launch(
-            soft_target_kernel, plan.tiles, student_BC, c.target, c.index, c.weight, c.weight_sum, plan.ints,
-            plan.floats, plan.kd, c.form, grad=grad_BC, upstream=upstream_M,
+            soft_target_kernel, plan.tiles, student_BC, target, index, weight, weight_sum, plan.ints,
+            plan.floats, plan.kd, ctx.call.form, grad=grad_BC, upstream=upstream_M,
             used=ctx.used_M if first else None, remembered=remembered, check=first,
         )  # fmt: skip
         return grad_BC, None

@@ -75,7 +75,7 @@ def variants() -> Iterator[Variant]:
         }  # fmt: skip
         types = dict.fromkeys(["partial_loss", "floats", "weight_sum", "upstream_M", "used_M", "remembered_M"], "*fp32")
         types |= {"student": held, "grad": held, "target": held if form == LOGITS else "*fp16"}
-        types |= {"index": "*i32", "weight": "*i8", "ints": "*i32"} | dict.fromkeys(constants, "constexpr")
+        types |= {"index": "*i32", "weight": "*i1", "ints": "*i32"} | dict.fromkeys(constants, "constexpr")
         signature = {name: types.get(name, "i32") for name in soft_target_kernel.arg_names}
         name = f"soft target, {form_name}, {held[1:]}, {classes} classes, {stage}"
         yield Variant(name, soft_target_kernel, signature, constants, tiles.warps)

@@ -65,7 +65,7 @@ class SoftTargetLoss(nn.Module):
 
     Args:
         class_counts, kind, temperature, reduction, implementation: see :func:`soft_target_loss`.
-        device: the type of device it will run on, for choosing the implementation now.
+        device: the type of device it will run on, for choosing the implementation now; cuda if there is one.
 
     Attributes:
         implementation: the one chosen.
@@ -80,11 +80,13 @@ class SoftTargetLoss(nn.Module):
         temperature: float | Sequence[float] = 1.0,
         reduction: Reduction = "batchmean",
         implementation: str = "auto",
-        device: str = "cuda",
+        device: str | None = None,
     ) -> None:
         super().__init__()
         self.problem = problem_of(class_counts, kind, temperature, reduction)
-        self.implementation, self.why = _implementation(device, implementation)
+        self.implementation, self.why = _implementation(
+            device or ("cuda" if torch.cuda.is_available() else "cpu"), implementation
+        )
         self._run = function(self.implementation)
         self._state = None
         if self.implementation == "triton":

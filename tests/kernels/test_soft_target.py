@@ -3,6 +3,9 @@
 Without a GPU the Triton kernel runs in Triton's interpreter (tests/conftest.py): its arithmetic, not its speed.
 """
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -331,6 +334,29 @@ def test_the_module_remembers_and_changes_nothing(need):
             (loss_of(leaf, target.to(DEVICE)).sum() * scale).backward()
             grads.append(leaf.grad)
         assert torch.equal(*grads)
+
+
+def test_what_changed_before_backward_is_noticed(implementation):
+    """Backward may need student and target again: changed in place they are refused, not used."""
+    student, target = torch.randn(4, 12, device=DEVICE, requires_grad=True), torch.randn(4, 12, device=DEVICE)
+    loss = soft_target_loss(student, target, [12], implementation=implementation)
+    expected = (student.detach().softmax(1) - target.softmax(1)) / 4
+    target.zero_()
+    if implementation == "triton":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.sum().backward()
+    else:  # has all it needs
+        loss.sum().backward()
+        assert torch.allclose(student.grad, expected, atol=1e-7)
+
+
+def test_the_module_can_be_copied_and_kept():
+    for implementation in IMPLEMENTATIONS:
+        module = SoftTargetLoss((3, 4), kind="kd", implementation=implementation, device=DEVICE)
+        student, target = torch.randn(5, 7, device=DEVICE), torch.randn(5, 7, device=DEVICE)
+        expected = module(student, target)
+        for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(again(student, target), expected)
 
 
 def test_float16_gradients_of_a_scaled_loss_do_not_vanish(implementation):

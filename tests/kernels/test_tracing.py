@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from fasttrain.kernels import soft_target_loss
+from fasttrain.kernels import SoftTargetLoss, soft_target_loss
 
 from .test_soft_target import DEVICE, FORMS, as_form, on
 
@@ -34,12 +34,13 @@ def test_operators_pass_opcheck(form, need):
 def test_compiled_without_a_graph_break(form, need):
     """Batches of two sizes, weighted rows, the gradient of something that goes on after the loss."""
     need("triton")
-    calls = []
+    calls: list = []
+    options = {"kind": "kd", "temperature": [2.0, 1.0], "implementation": "triton"}
+    module = SoftTargetLoss(COUNTS, **options)
 
     def step(student, target, weight):
-        options = {"kind": "kd", "temperature": [2.0, 1.0], "valid_B": weight, "implementation": "triton"}
-        loss_M = soft_target_loss(student * 1.5, target, COUNTS, **options)
-        return loss_M[0] + 0.1 * loss_M[1] ** 2
+        loss_M = soft_target_loss(student * 1.5, target, COUNTS, valid_B=weight, **options)
+        return loss_M[0] + 0.1 * loss_M[1] ** 2 + module(student, target, weight).sum()
 
     def counting(graph, inputs):
         calls.append(graph)
