@@ -60,18 +60,16 @@ class Plan:
 
     Attributes:
         ints: int32 [2 (M + 1)]: where each source's classes begin, then where its top-k entries do.
-        floats: [3, M] in the type of the arithmetic: temperatures, divisors, ones.
+        floats: [2, M] in the type of the arithmetic: temperatures and divisors.
+        ones_M: likewise.
         kd: the kind of loss.
     """
 
     ints: Tensor
     floats: Tensor
+    ones_M: Tensor
     tiles: Tiles
     kd: bool
-
-    @property
-    def ones_M(self) -> Tensor:
-        return self.floats[2]
 
 
 _PLANS: dict[tuple, Plan] = {}
@@ -87,12 +85,12 @@ def plan_of(problem: Problem, k_counts: tuple[int, ...], dtype: torch.dtype, dev
 
 def _plan(problem: Problem, k_counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Plan:
     sources = len(problem.class_counts)
-    floats = (problem.temperatures, tuple(map(float, problem.divisors)), (1.0,) * sources)
+    floats = (problem.temperatures, tuple(map(float, problem.divisors)))
     starts = _starts(problem.class_counts) + _starts(k_counts or (0,) * sources)
     tiles = tiles_of(problem.class_counts, k_counts, 64 if INTERPRETED else 0)  # its time goes by programs
     make = _constant if torch.compiler.is_compiling() else torch.tensor
-    kd = problem.kind == "kd"
-    return Plan(make(starts, dtype=torch.int32, device=device), make(floats, dtype=dtype, device=device), tiles, kd)
+    ints, floats_2M = make(starts, dtype=torch.int32, device=device), make(floats, dtype=dtype, device=device)
+    return Plan(ints, floats_2M, torch.ones_like(floats_2M[0]), tiles, problem.kind == "kd")
 
 
 def _starts(counts: tuple[int, ...]) -> tuple[int, ...]:
@@ -117,14 +115,16 @@ class State:
     """
 
     def __init__(self) -> None:
-        self._of: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._of: dict[Plan, Tensor] = {}
 
-    def __call__(self, like_M: Tensor) -> Tensor:
-        """[M] on the device, ones at first."""
-        key = (like_M.device, like_M.dtype, len(like_M))
-        if key not in self._of:
-            self._of[key] = like_M.clone()
-        return self._of[key]
+    def __call__(self, plan: Plan) -> Tensor:
+        """[M] on the plan's device, ones at first."""
+        if plan not in self._of:
+            self._of[plan] = plan.ones_M.clone()
+        return self._of[plan]
+
+    def __reduce__(self):
+        return State, ()  # a copy starts without memories
 
 
 def fused(
@@ -197,7 +197,7 @@ class _Direct(torch.autograd.Function):
         if not first:
             grad_BC = torch.empty(student_BC.shape, dtype=student_BC.dtype, device=student_BC.device)
         plan, state = ctx.call.plan, ctx.call.state
-        remembered = None if state is None else state(plan.ones_M)
+        remembered = None if state is None else state(plan)
         _launch(
             soft_target_kernel, plan.tiles, student_BC, target, index, weight, weight_sum, plan.ints,
             plan.floats, plan.kd, ctx.call.form, grad=grad_BC, upstream=upstream_M,
@@ -208,7 +208,7 @@ class _Direct(torch.autograd.Function):
 
 def _forward(call: _Call, student_BC: Tensor, grad_BC: Tensor | None, used_M: Tensor | None) -> Tensor:
     plan = call.plan
-    upstream = plan.ones_M if call.state is None else call.state(plan.ones_M)
+    upstream = plan.ones_M if call.state is None else call.state(plan)
     partial = _partial(student_BC, plan.floats, plan.tiles.r)
     _launch(
         soft_target_kernel, plan.tiles, student_BC, call.target, call.index, call.weight, call.weight_sum, plan.ints,
@@ -217,9 +217,9 @@ def _forward(call: _Call, student_BC: Tensor, grad_BC: Tensor | None, used_M: Te
     return partial.sum(1)
 
 
-def _partial(student_BC: Tensor, floats_3M: Tensor, rows: int) -> Tensor:
+def _partial(student_BC: Tensor, floats_2M: Tensor, rows: int) -> Tensor:
     """Where the kernel puts the sums of its row tiles, for each source."""
-    return floats_3M.new_empty(floats_3M.shape[1], (student_BC.shape[0] + rows - 1) // rows)
+    return floats_2M.new_empty(floats_2M.shape[1], (student_BC.shape[0] + rows - 1) // rows)
 
 
 def _launch(
@@ -256,7 +256,7 @@ def _loss(
     partial = _partial(student, floats, tiles.r)
     _launch(
         launcher(soft_target_kernel), tiles, student, target, index, weight, weight_sum, ints, floats, kd, form,
-        upstream=floats[2], partial=partial,
+        upstream=torch.ones_like(floats[0]), partial=partial,
     )  # fmt: skip
     return partial.sum(1)
 
