@@ -46,7 +46,7 @@ def tiles_of(class_counts: tuple[int, ...], k_counts: tuple[int, ...], rows: int
     k = max(2, _power_of_2(max(k_counts))) if k_counts else 2
     r, r_small = (rows or max(1, 256 // max(x, k)) for x in (n, n_small))
     loop = int(max(class_counts) > n)
-    warps = 8 if loop else max(2, r * n // 256)
+    warps = 8 if loop else max(4, r * n // 256)
     return Tiles(r, n, r_small, n_small, k, loop, warps)
 
 
