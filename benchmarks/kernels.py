@@ -168,10 +168,10 @@ def _recalled(targets: list[Tensor], counts: tuple[int, ...]) -> dict[str, list[
     probabilities, top_k = [], []
     for target in targets:
         parts = [part.float().softmax(1) for part in target.split(counts, 1)]
-        tops = [part.topk(16, dim=1) for part in parts]
+        tops = [part.topk(min(16, part.shape[1]), dim=1) for part in parts]
         probabilities.append(Probabilities(torch.cat(parts, 1).half()))
         values, indices = (torch.cat([t[i] for t in tops], 1) for i in (0, 1))
-        top_k.append(TopK(values.half(), indices.to(torch.int16), (16,) * len(counts)))
+        top_k.append(TopK(values.half(), indices.to(torch.int16), tuple(min(16, c) for c in counts)))
     return {"probabilities": probabilities, "top-16": top_k}
 
 

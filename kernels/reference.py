@@ -78,7 +78,7 @@ class _Losses(torch.autograd.Function):
 def _softmax(x_Bc: Tensor, temp: float) -> tuple[Tensor, Tensor]:
     """Probabilities and their logarithms at a temperature."""
     # The maximum goes first: divided by T, logits of 1e4 would lose their small differences. Not F.log_softmax, whose
-    # running sum on the CPU drops what thousands of small classes add to a large one (5 digits left, of 7)
+    # running sum on the CPU drops what thousands of small classes add to a large one
     d_Bc = (x_Bc - x_Bc.amax(1, keepdim=True)).div_(temp)
     e_Bc = d_Bc.exp()
     sum_B1 = e_Bc.sum(1, keepdim=True)

@@ -2,8 +2,7 @@
 
 A program takes R rows of one source. A source whose classes fit into a tile is read once and stays in registers; a wider
 one is passed over twice, first for the softmax's maximum and sum (online, each column on its own), then for loss and
-gradient. Arithmetic is in
-float32 (``DOUBLE``: float64), whatever is stored.
+gradient. Arithmetic is in float32 (``DOUBLE``: float64), whatever is stored.
 
 How the numbers stay exact where a plain formula would not:
 
