@@ -1,16 +1,45 @@
 """What all loaders share: the walk through an epoch, the position in it, and the views of a batch."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from .batch import Batch
 from .datasets import Dataset
-from .order import batch_count, batches, order
+from .order import balanced_order, batch_count, batches, order
 from .views import View, ViewPlan
+
+BadSamples = Literal["error", "skip"]
+_TRIES = 100  # samples in a row that may be bad before that is an error whatever is asked
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Progressive resizing: the images' side grows while the training goes on.
+
+    Attributes:
+        size: side in pixels up to epoch ``start``.
+        start, end: epochs between which it grows to ``LoaderSpec.size``, linearly.
+        step: sides are multiples of this, in pixels (the first and the last side are as given).
+    """
+
+    size: int
+    start: int
+    end: int
+    step: int = 32
+
+    def at(self, epoch: int, last: int) -> int:
+        """Side in pixels in an epoch, ``last`` being the final one."""
+        if epoch <= self.start:
+            return self.size
+        if epoch >= self.end:
+            return last
+        grown = self.size + (last - self.size) * (epoch - self.start) / (self.end - self.start)
+        return min(max(round(grown / self.step) * self.step, self.size), last)
 
 
 @dataclass(frozen=True)
@@ -31,6 +60,11 @@ class LoaderSpec:
         drop_last: leave out a last batch that is not full.
         still: side in pixels of the additional view for the sources; 0 for none.
         rank, ranks: which part of every batch to serve.
+        growth: serve smaller images in the first epochs; None for ``size`` always.
+        balance: draw every class equally often; an epoch is as long as before, and samples of small classes come
+            several times in it (as the same view).
+        on_bad_sample: a sample that cannot be read is an ``error``, or skipped: the next of ``index_N`` that can be
+            read stands in for it, with its own index, label and view.
     """
 
     dataset: Dataset
@@ -46,6 +80,19 @@ class LoaderSpec:
     still: int = 0
     rank: int = 0
     ranks: int = 1
+    growth: Growth | None = None
+    balance: bool = False
+    on_bad_sample: BadSamples = "error"
+
+    def size_at(self, epoch: int) -> int:
+        """Side in pixels of the images served in an epoch."""
+        return self.growth.at(epoch, self.size) if self.growth else self.size
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """The indices served in an epoch, over all ranks: int64 [N]."""
+        if self.balance:
+            return self.index_N[balanced_order(self.seed, epoch, self.dataset.targets_N[self.index_N])]
+        return self.index_N[order(self.seed, epoch, len(self.index_N))] if self.shuffle else self.index_N
 
     def view(self, epoch: int, index_B: np.ndarray, height_B, width_B) -> View:
         """The views of samples in an epoch; ``height_B``, ``width_B`` are the sizes of the images as stored."""
@@ -59,17 +106,15 @@ class EpochLoader:
         self.spec = spec
         self.device = torch.device(device)
         self._epoch, self._batch = 0, 0
+        self.bad: dict[int, str] = {}  # index -> why it was skipped
 
     def __len__(self) -> int:
         return batch_count(len(self.spec.index_N), self.spec.batch, self.spec.drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
         spec = self.spec
-        index_N = spec.index_N
-        if spec.shuffle:
-            index_N = index_N[order(spec.seed, self._epoch, len(index_N))]
         walk = batches(
-            index_N,
+            spec.epoch_order(self._epoch),
             global_batch=spec.batch,
             drop_last=spec.drop_last,
             start=self._batch,
@@ -90,13 +135,46 @@ class EpochLoader:
     def describe(self) -> str:
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Ends worker processes and threads. Called for a loader that is no longer used; it can be called twice."""
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._epoch, self._batch = state["epoch"], state["batch"]
 
+    def _skip(self, index: int, why: str) -> None:
+        """Counts a bad sample that was replaced, or raises what is wrong with it."""
+        if self.spec.on_bad_sample == "error":
+            raise ValueError(why)
+        self.bad[index] = why
+
     def _batch_of(self, pixels: torch.Tensor, index_B: np.ndarray, number_B: np.ndarray, still=None) -> Batch:
         targets_B = torch.from_numpy(self.spec.dataset.targets_N[index_B])
         index, number = (torch.from_numpy(a).to(self.device) for a in (index_B, number_B))
         return Batch(pixels, targets_B.to(self.device), index, number, still)
+
+
+def stand_ins(spec: LoaderSpec, index: int) -> Iterator[int]:
+    """What may be served for a sample that cannot be read: the indices that follow it in ``spec.index_N``, cyclically."""
+    at = int(np.flatnonzero(spec.index_N == index)[0])
+    for step in range(1, min(_TRIES, len(spec.index_N))):
+        yield int(spec.index_N[(at + step) % len(spec.index_N)])
+
+
+def read_or_stand_in(spec: LoaderSpec, index: int) -> tuple[int, np.ndarray, dict[int, str]]:
+    """A sample's pixels, or those of its stand-in: (index, uint8 [H, W, 3], bad ones that were met -> why).
+
+    Raises:
+        ValueError: it cannot be read, and ``spec.on_bad_sample`` is ``error``, or none of 100 can be read.
+    """
+    bad: dict[int, str] = {}
+    for candidate in itertools.chain([index], stand_ins(spec, index)):
+        try:
+            return candidate, spec.dataset.read(candidate), bad
+        except ValueError as error:
+            if spec.on_bad_sample == "error":
+                raise
+            bad[candidate] = str(error)
+    raise ValueError(f"{len(bad)} samples in a row cannot be read; the first: {next(iter(bad.values()))}")

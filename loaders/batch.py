@@ -13,7 +13,7 @@ class Batch:
 
     Attributes:
         pixels: uint8 [B, 3, H, W], channels_last.
-        targets: int64 [B], class indices.
+        targets: int64 [B], class indices; or float32 [B, C] of a multi-label data set.
         index: int64 [B], the samples' indices in their data set.
         view: int64 [B], which view of its sample this is (the epoch, or ``epoch mod K``).
         still: uint8 [B, 3, R, R] or None: the same view at the sources' own resolution.

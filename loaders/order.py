@@ -10,6 +10,7 @@ import numpy as np
 
 from .philox import draw
 
+_BALANCE = 1 << 20  # + class: the order within a class of a balanced epoch
 _ORDER = 0  # the purpose of these random numbers; loaders/views.py has the others
 
 
@@ -20,6 +21,30 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """
     word_4N = draw(seed, epoch, np.arange(n), _ORDER).astype(np.uint64)
     return np.argsort((word_4N[0] << np.uint64(32)) | word_4N[1], kind="stable").astype(np.int64)
+
+
+def balanced_order(seed: int, epoch: int, targets_N: np.ndarray) -> np.ndarray:
+    """Positions 0 .. n-1 with every class equally often (to within one): int64 [n].
+
+    A class goes through its members in a new random order as often as it takes; which of them come once more than
+    others changes from epoch to epoch.
+
+    Raises:
+        ValueError: ``targets_N`` is not a class index for each.
+    """
+    if targets_N.ndim != 1:
+        raise ValueError("data.balance: a multi-label data set cannot be balanced by class")
+    n, classes = len(targets_N), np.unique(targets_N)
+    rank_C = order(seed, epoch, len(classes))  # the classes that get the remainder
+    parts = []
+    for c, label in enumerate(classes):
+        member = np.flatnonzero(targets_N == label)
+        count = n // len(classes) + int(rank_C[c] < n % len(classes))
+        word_4M = draw(seed, epoch, np.arange(-(-count // len(member)) * len(member)), _BALANCE + int(label))
+        key = (word_4M[0].astype(np.uint64) << np.uint64(32)) | word_4M[1]
+        rounds = [member[np.argsort(k, kind="stable")] for k in key.reshape(-1, len(member))]
+        parts.append(np.concatenate(rounds)[:count] if rounds else member[:0])
+    return np.concatenate(parts)[order(seed, epoch, n)]
 
 
 def batch_count(n: int, global_batch: int, drop_last: bool = False) -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
+from ..decode import decode, image_size, read_bytes
 from ..order import order
 from ..resample import centre_square
 
@@ -24,10 +24,12 @@ class Dataset:
     Attributes:
         name: of the data set.
         classes: names, in the order of the class indices.
-        targets_N: int64 [N], class indices.
+        targets_N: int64 [N], class indices; or float32 [N, C], 1 where an image shows a class, 0 where it does not, -1
+            where that is not to be counted (multi-label).
         read: index -> uint8 [H, W, 3]; raises ``ValueError`` with the file's name for an image that cannot be read.
         splits: ``train``, ``val`` and ``test`` -> int64 indices, ascending, disjoint.
         source: where it came from, for the run's log.
+        content: fingerprint of the pixels where one is known, or empty.
     """
 
     name: str
@@ -36,13 +38,19 @@ class Dataset:
     read: Callable[[int], np.ndarray]
     splits: dict[str, np.ndarray]
     source: str
+    content: str = ""
+
+    @property
+    def multi_label(self) -> bool:
+        return self.targets_N.ndim == 2
 
     def __len__(self) -> int:
         return len(self.targets_N)
 
     def identity(self) -> str:
-        """A short fingerprint of names, labels and splits (not of pixels): what soft targets of it are bound to."""
+        """A short fingerprint of names, labels and splits: what soft targets of it are bound to."""
         parts = [self.name, *self.classes, self.targets_N.tobytes().hex()]
+        parts += [self.content] if self.content else []
         parts += [f"{k}:{v.tobytes().hex()}" for k, v in sorted(self.splits.items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -58,30 +66,39 @@ class Pixels:
         return image_HWC if image_HWC.shape[2] == 3 else np.repeat(image_HWC, 3, axis=2)
 
 
-class Files:
-    """``read`` for images in files, one a sample."""
+class Encoded:
+    """``read`` for images that are kept encoded, one a sample: what loaders that decode by themselves ask.
+
+    A kind of data set supplies :meth:`encoded` and :meth:`name`.
+    """
+
+    def encoded(self, index: int) -> np.ndarray:
+        """The image file's content: uint8 [bytes], read-only perhaps; raises ``ValueError`` naming it."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What to call the sample in messages: its path, or archive and member."""
+        raise NotImplementedError
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) in pixels as decoded; raises ``ValueError`` naming it."""
+        return image_size(self.encoded(index), self.name(index))
+
+    def __call__(self, index: int) -> np.ndarray:
+        return decode(self.encoded(index), self.name(index))
+
+
+class Files(Encoded):
+    """Images in files."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
 
-    def __call__(self, index: int) -> np.ndarray:
-        return read_image(self.paths[index])
+    def encoded(self, index: int) -> np.ndarray:
+        return read_bytes(self.paths[index])
 
-
-def read_image(path: Path) -> np.ndarray:
-    """Decodes one file to uint8 [H, W, 3], turned as its EXIF says; 16-bit grey keeps its upper eight bits.
-
-    Raises:
-        ValueError: the file is missing, damaged or no image.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
 
 
 def stored_pixels(dataset: Dataset, index_N: np.ndarray, side: int) -> torch.Tensor:
@@ -115,6 +132,8 @@ def labelled_part(targets_N: np.ndarray, index_M: np.ndarray, count: int) -> np.
     Raises:
         ValueError: fewer than one image a class, or more than there are.
     """
+    if targets_N.ndim == 2:
+        raise ValueError("data.labelled: parts of a multi-label data set are not made; give it an index list instead")
     classes = np.unique(targets_N[index_M])
     if not len(classes) <= count <= len(index_M):
         raise ValueError(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from fasttrain.loaders import datasets as tables
 from fasttrain.loaders import labelled_part, open_dataset
-from fasttrain.loaders.datasets.base import read_image, split_off
+from fasttrain.loaders.datasets.base import split_off
+from fasttrain.loaders.decode import read_image
 from PIL import Image
 
 from . import samples

@@ -1,0 +1,80 @@
+"""Encoded images to pixels: one way for every format, so that a file and its packed copy give the same bytes.
+
+JPEGs of one or three components go through torchvision's libjpeg-turbo, everything else through Pillow.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from .jpeg import read_header
+
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+def decode(content: np.ndarray | bytes, name: str) -> np.ndarray:
+    """Decodes an image file's content to uint8 [H, W, 3], turned as its EXIF says; 16-bit grey keeps its upper 8 bits.
+
+    Raises:
+        ValueError: damaged or no image; names it by ``name``.
+    """
+    try:
+        if bytes(content[:2]) == b"\xff\xd8":
+            head = read_header(bytes(content))
+            if head.orientation == 1 and head.precision == 8 and len(head.components) in (1, 3):
+                return _jpeg(content)
+        with Image.open(io.BytesIO(bytes(content))) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        raise ValueError(f"cannot read the image {name}: {' '.join(str(error).split())}") from error
+
+
+def image_size(content: np.ndarray | bytes, name: str) -> tuple[int, int]:
+    """(height, width) in pixels as :func:`decode` gives them, from the image's header alone.
+
+    Raises:
+        ValueError: no image; names it by ``name``.
+    """
+    try:
+        with Image.open(io.BytesIO(bytes(content))) as file:
+            width, height = file.size
+            turned = file.getexif().get(0x0112, 1) in _TURNED
+            return (width, height) if turned else (height, width)
+    except Exception as error:
+        raise ValueError(f"cannot read the image {name}: {' '.join(str(error).split())}") from error
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Decodes one file; see :func:`decode`.
+
+    Raises:
+        ValueError: the file is missing, damaged or no image.
+    """
+    return decode(read_bytes(path), str(path))
+
+
+def read_bytes(path: Path) -> np.ndarray:
+    """A file's content: uint8 [bytes].
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise ValueError(f"cannot read the image {path}: {error.strerror or error}") from error
+
+
+def _jpeg(content: np.ndarray | bytes) -> np.ndarray:
+    from torchvision.io import ImageReadMode, decode_jpeg  # slow to import
+
+    array = np.frombuffer(content, dtype=np.uint8)
+    array = array if array.flags.writeable else array.copy()
+    pixels_CHW: torch.Tensor = decode_jpeg(torch.from_numpy(array), mode=ImageReadMode.RGB)
+    return pixels_CHW.permute(1, 2, 0).contiguous().numpy()
