@@ -15,10 +15,11 @@ import struct
 import numpy as np
 from numba import njit
 
-from .jpeg import DHT, DRI, SOS, read_header
+from .jpeg import DHT, DRI, SOS, Header, read_header
 
-_TAG = b"fasttrain rows\0"
+TAG = b"fasttrain rows\0"
 _APP15 = 0xEF
+_DAMAGED, _ENDS = -1, -2
 # T.81, tables K.3 and K.4: how many codes of 1..16 bits; their values are 0..11 in order
 _DC_COUNTS = ((0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0), (0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0))
 
@@ -26,9 +27,40 @@ _DC_COUNTS = ((0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0), (0, 3, 1, 1, 1, 
 def seekable(jpeg: bytes) -> bytes | None:
     """The same coefficients with a restart marker at every row of MCUs, and an index of these rows.
 
-    None where that cannot be: progressive, arithmetic, 12-bit or in several scans; or where the data is damaged.
+    None where that cannot be: progressive, arithmetic, 12 bits a sample or in several scans; or where the data is
+    damaged.
     """
     head = read_header(jpeg)
+    recoded = _recoded(jpeg, head)
+    if recoded is None or isinstance(recoded, str):
+        return None
+    data, start_R = recoded
+    parts = [b"\xff\xd8"]
+    scan = b""
+    for marker, start, end in head.segments:
+        if marker == SOS:
+            scan = jpeg[start:end]
+        elif marker in (0xE0, 0xEE, 0xDB) or 0xC0 <= marker < 0xC4:  # JFIF, Adobe, quantisation, frame
+            parts.append(jpeg[start:end])
+    for number in sorted({d for d, _ in head.tables}):
+        parts.append(_table(number, bytes(_DC_COUNTS[min(number, 1)]), bytes(range(12))))
+    for number in sorted({a for _, a in head.tables}):
+        parts.append(_table(0x10 | number, *head.huffman[1, number]))
+    rows = len(start_R) - 1
+    parts.append(struct.pack(">BBHH", 0xFF, DRI, 4, -(-head.width // head.mcu[0])))
+    index = TAG + struct.pack(f"<HH{rows + 1}I", head.mcu[1], rows, *start_R.tolist())
+    parts.append(struct.pack(">BBH", 0xFF, _APP15, len(index) + 2) + index)
+    return b"".join([*parts, scan, data, b"\xff\xd9"])
+
+
+def damage(jpeg: bytes) -> str:
+    """What is wrong with a JPEG's entropy-coded data; empty where nothing is, or where it is of a kind not looked into."""
+    recoded = _recoded(jpeg, read_header(jpeg))
+    return recoded if isinstance(recoded, str) else ""
+
+
+def _recoded(jpeg: bytes, head: Header) -> tuple[bytes, np.ndarray] | str | None:
+    """The entropy-coded data with restart markers and where its rows start; what is wrong with it; None if not baseline."""
     sampled = all(1 <= h <= 4 and 1 <= v <= 4 for _, h, v in head.components)
     if head.sof not in (0xC0, 0xC1) or head.precision != 8 or not head.tables or not sampled:
         return None
@@ -42,28 +74,15 @@ def seekable(jpeg: bytes) -> bytes | None:
     ac_in = np.stack([_lookup(*head.huffman[1, a]) for _, a in head.tables])
     dc_out = np.stack([_codes(_DC_COUNTS[min(d, 1)], bytes(range(12))) for d, _ in head.tables])
     data = np.frombuffer(jpeg, dtype=np.uint8)[head.data :]
-    out = np.empty(len(data) + len(data) // 8 + 64 * down + 64, dtype=np.uint8)
+    most = len(data) + 3 * int(block_C.sum()) * across * down + 64 * down + 8192  # DC codes may grow, and are stuffed
+    out = np.empty(most, dtype=np.uint8)
     start_R = np.zeros(down + 1, dtype=np.int64)
     size = _recode(data, out, start_R, block_C, dc_in, ac_in, dc_out, across, down, head.restart)
-    if size < 0:
-        return None
-    parts = [b"\xff\xd8"]
-    scan = b""
-    for marker, start, end in head.segments:
-        if marker == SOS:
-            scan = jpeg[start:end]
-        elif marker in (0xE0, 0xEE, 0xDB) or 0xC0 <= marker < 0xC4:  # JFIF, Adobe, quantisation, frame
-            parts.append(jpeg[start:end])
-    used = {("dc", d) for d, _ in head.tables} | {("ac", a) for _, a in head.tables}
-    for kind, number in sorted(used):
-        if kind == "dc":
-            parts.append(_table(number, bytes(_DC_COUNTS[min(number, 1)]), bytes(range(12))))
-        else:
-            parts.append(_table(0x10 | number, *head.huffman[1, number]))
-    parts.append(struct.pack(">BBHH", 0xFF, DRI, 4, across))
-    index = _TAG + struct.pack(f"<HH{down + 1}I", mcu_h, down, *start_R.tolist())
-    parts.append(struct.pack(">BBH", 0xFF, _APP15, len(index) + 2) + index)
-    return b"".join([*parts, scan, out[:size].tobytes(), b"\xff\xd9"])
+    if size == _DAMAGED:
+        return "its entropy-coded data is damaged"
+    if size == _ENDS:
+        return "its data ends before the image does"
+    return out[:size].tobytes(), start_R
 
 
 def _table(key: int, counts: bytes, values: bytes) -> bytes:
@@ -113,19 +132,21 @@ def _put(out, at, held, bits, code, length):
 
 @njit(cache=True, nogil=True)
 def _recode(data, out, start_R, block_C, dc_in, ac_in, dc_out, across, down, restart):
-    """Copies the entropy-coded data, a restart marker before every row but the first; returns its size, -1 if damaged.
+    """Copies the entropy-coded data, a restart marker before every row but the first; returns its size, or what is wrong.
 
     start_R: where each row's data starts, and where that of the last ends.
     """
     was_C, put_C = np.zeros(len(block_C), dtype=np.int64), np.zeros(len(block_C), dtype=np.int64)
     at, to, end = 0, 0, len(data)
-    word, have = np.uint64(0), 0  # bits read and not used
+    word, have, filled = np.uint64(0), 0, 0  # bits read and not used; zeros among them that are not in the data
     held, bits = np.uint64(0), 0  # bits to write
     done = 0
     for row in range(down):
         for column in range(across):
             if restart and done and done % restart == 0:
-                word, have = np.uint64(0), 0
+                if have < filled:
+                    return _ENDS
+                word, have, filled = np.uint64(0), 0, 0
                 while at + 1 < end and not (data[at] == 0xFF and 0xD0 <= data[at + 1] <= 0xD7):
                     at += 1
                 at += 2
@@ -140,7 +161,7 @@ def _recode(data, out, start_R, block_C, dc_in, ac_in, dc_out, across, down, res
                     put_C[:] = 0
                 start_R[row] = to
             if to + 1024 * 4 > len(out):
-                return -1
+                return _DAMAGED
             for c in range(len(block_C)):
                 for _ in range(block_C[c]):
                     k = 0
@@ -150,13 +171,14 @@ def _recode(data, out, start_R, block_C, dc_in, ac_in, dc_out, across, down, res
                                 byte = data[at]
                                 at += 2 if byte == 0xFF else 1
                             else:
-                                byte = np.uint8(0)  # beyond the data, as decoders have it
+                                byte = np.uint8(0)
+                                filled += 8
                             word = (word << np.uint64(8)) | np.uint64(byte)
                             have += 8
                         look = np.int64((word >> np.uint64(have - 16)) & np.uint64(0xFFFF))
                         entry = np.int64(dc_in[c, look] if k == 0 else ac_in[c, look])
-                        if entry == 0:
-                            return -1
+                        if entry == 0 or have - (entry >> 8) - (entry & 15) < filled:
+                            return _DAMAGED if entry == 0 and have >= filled + 16 else _ENDS
                         length, value = entry >> 8, entry & 255
                         have -= length
                         extra = value & 15
@@ -164,7 +186,7 @@ def _recode(data, out, start_R, block_C, dc_in, ac_in, dc_out, across, down, res
                         have -= extra
                         if k == 0:
                             if value > 11:
-                                return -1
+                                return _DAMAGED
                             difference = number
                             if extra and number < (1 << (extra - 1)):
                                 difference = number - (1 << extra) + 1
@@ -176,7 +198,7 @@ def _recode(data, out, start_R, block_C, dc_in, ac_in, dc_out, across, down, res
                                 size += 1
                                 left >>= 1
                             if size > 11:
-                                return -1
+                                return _DAMAGED
                             code = dc_out[c, size]
                             to, held, bits = _put(out, to, held, bits, code & 0xFFFF, code >> 16)
                             if size:

@@ -84,6 +84,14 @@ class Encoded:
         """(height, width) in pixels as decoded; raises ``ValueError`` naming it."""
         return image_size(self.encoded(index), self.name(index))
 
+    def fingerprint(self, samples: int) -> str:
+        """Changes when the files of samples 0 .. ``samples`` - 1 do, as far as their names (sizes, times) tell."""
+        return hashlib.sha256("\n".join(map(self.name, range(samples))).encode()).hexdigest()
+
+    def total_bytes(self, samples: int) -> int:
+        """Size of the files of samples 0 .. ``samples`` - 1; 0 where that is not known without reading them."""
+        return 0
+
     def __call__(self, index: int) -> np.ndarray:
         return decode(self.encoded(index), self.name(index))
 
@@ -99,6 +107,13 @@ class Files(Encoded):
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
+
+    def fingerprint(self, samples: int) -> str:
+        about = [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in self.paths[:samples]]
+        return hashlib.sha256(repr(about).encode()).hexdigest()
+
+    def total_bytes(self, samples: int) -> int:
+        return sum(p.stat().st_size for p in self.paths[:samples])
 
 
 def stored_pixels(dataset: Dataset, index_N: np.ndarray, side: int) -> torch.Tensor:
