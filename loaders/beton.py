@@ -43,6 +43,8 @@ class Beton:
         ptr_N, size_N: int64, where each image's bytes are in the file, and how many.
         targets_N: int64 [N] or float32 [N, C].
         head_sha256: of everything before the pages.
+        fields: names of the file's fields.
+        image_field: which of them is the image.
     """
 
     path: Path
@@ -53,6 +55,8 @@ class Beton:
     size_N: np.ndarray
     targets_N: np.ndarray
     head_sha256: str
+    fields: tuple[str, ...] = ("image", "label")
+    image_field: str = "image"
 
     def __len__(self) -> int:
         return len(self.mode_N)
@@ -110,7 +114,9 @@ def read_beton(path: Path) -> Beton:
     if len(wrong):
         raise ValueError(f"cannot read {path}: sample {wrong[0]} is neither a JPEG nor raw pixels of its size")
     sha256 = hashlib.sha256(more + body).hexdigest()
-    return Beton(path, image_N["mode"].copy(), height_N, width_N, ptr_N, size_N, targets_N, sha256)
+    names = tuple(f["name"].tobytes().partition(b"\0")[0].decode("ascii", "replace") for f in fields)
+    mode_N = image_N["mode"].copy()
+    return Beton(path, mode_N, height_N, width_N, ptr_N, size_N, targets_N, sha256, names, names[images[0]])
 
 
 def _sizes(ptr_N: np.ndarray, table: np.ndarray, end: int) -> np.ndarray:

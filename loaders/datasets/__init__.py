@@ -8,8 +8,11 @@ from .cifar import cifar10, cifar100
 from .elpv import elpv
 from .fashion_mnist import fashion_mnist
 from .folder import image_folder
+from .listed import listed
 from .stl10 import stl10
+from .tar import tar_shards
 from .toy import toy
+from .voc import voc
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "cifar10": cifar10,
@@ -17,9 +20,13 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "elpv": elpv,
     "fashion_mnist": fashion_mnist,
     "folder": image_folder,
+    "list": listed,
     "stl10": stl10,
+    "tar": tar_shards,
     "toy": toy,
+    "voc": voc,
 }
+_FILE_ROOTS = ("beton", "list")  # whose root may be a file
 
 __all__ = ["DATASETS", "Dataset", "labelled_part", "open_dataset", "split_off", "stored_pixels"]
 
@@ -29,7 +36,8 @@ def open_dataset(name: str, root: str | Path | None = None, *, val_share: float 
 
     Args:
         name: a key of :data:`DATASETS`.
-        root: the folder that holds it; None where the data set has a place of its own (``elpv``, ``toy``).
+        root: the folder that holds it, or the file itself (``list``); None where the data set has a place of its own
+            (``elpv``, ``toy``).
         val_share: share of the training images held out for validation, where the data set has no such split.
         verify: compare the files with the published checksums, where there are some.
 
@@ -45,6 +53,6 @@ def open_dataset(name: str, root: str | Path | None = None, *, val_share: float 
     if root is None:
         raise ValueError(f"data.root: {name} needs the folder that holds it")
     root = Path(root).expanduser()
-    if not root.is_dir():
-        raise ValueError(f"data.root: there is no folder {root}")
+    if not root.is_dir() and not (name in _FILE_ROOTS and root.is_file()):
+        raise ValueError(f"data.root: there is no folder {'or file ' if name in _FILE_ROOTS else ''}{root}")
     return DATASETS[name](root, val_share=val_share, verify=verify)

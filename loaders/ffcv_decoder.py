@@ -1,0 +1,59 @@
+"""FFCV's operation for images, replaced: shows rows of our epoch's table. Imports FFCV."""
+
+from dataclasses import replace
+
+import numba
+import numpy as np
+from ffcv.fields.decoders import SimpleRGBImageDecoder
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.compiler import Compiler
+
+from .ffcv_loader import _BOX, _FLIP_X, _FLIP_Y, _INDEX, _ROW, _SIZE
+from .show import show
+
+
+def leave_torch_threads_alone() -> None:
+    """FFCV sets PyTorch's threads to those of its loader, for the whole process; here it sets only numba's."""
+
+    def set_num_threads(cls, n):
+        cls.num_threads = max(1, min(n, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(cls.num_threads)
+
+    Compiler.set_num_threads = classmethod(set_num_threads)
+
+
+def decoder(sample_bytes: int, still: int):
+    """An operation whose output is flat: all samples' pixels, all their stills, and a byte each that says who failed."""
+    return _Decoder(sample_bytes, still)
+
+
+class _Decoder(SimpleRGBImageDecoder):  # FFCV takes no other class for the first operation
+    def __init__(self, sample_bytes: int, still: int) -> None:
+        super().__init__()
+        self.sample_bytes, self.still = sample_bytes, still
+
+    def declare_state_and_memory(self, previous_state):
+        shape, kind = (self.sample_bytes,), np.dtype("u1")
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=kind), AllocationQuery(shape, kind)
+
+    def generate_code(self):
+        read, threads, still = self.memory_read, Compiler.get_iterator(), self.still
+
+        def decode(table_BX, memory, records, storage):
+            flat, n = memory.reshape(-1), len(table_BX)
+            size = table_BX[0, _SIZE]
+            image, other = size * size * 3, still * still * 3
+            for at in threads(n):
+                row = table_BX[at]
+                record, b = records[row[_INDEX]], row[_ROW]
+                out = flat[b * image : (b + 1) * image].reshape(size, size, 3)
+                begin = n * image + b * other
+                also = flat[begin : begin + other].reshape(still, still, 3)
+                flat[n * (image + other) + b] = show(
+                    read(record["data_ptr"], storage), record["mode"] == 0, np.int64(record["height"]),
+                    np.int64(record["width"]), row[_BOX:_FLIP_X], row[_FLIP_X] != 0, row[_FLIP_Y] != 0, out, also,
+                )  # fmt: skip
+            return memory
+
+        decode.is_parallel = True
+        return decode

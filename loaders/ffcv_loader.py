@@ -1,0 +1,240 @@
+"""The ``ffcv`` loader: FFCV's loop of compiled code over a ``.beton``, in our order and with our views.
+
+The epoch is a table with a row for each sample: its index, box and flips. FFCV's traversal order hands the rows on, our
+decoder shows them (``show.py``). So nothing is drawn in a worker, and a position is a row of the table.
+"""
+
+import os
+from collections.abc import Iterator
+from queue import Empty
+from typing import Any
+
+import numpy as np
+import torch
+
+from .base import EpochLoader, LoaderSpec, read_or_stand_in
+from .batch import Batch
+from .crop import cut_one
+from .datasets.beton import Packed
+
+_AHEAD = 3  # batches ready before they are asked for
+_CHUNK = 1 << 16  # samples whose views are computed at once
+# columns of the table: index in the file, top, left, height, width, flips, and which row of its batch it is
+_INDEX, _BOX, _FLIP_X, _FLIP_Y, _ROW, _SIZE, _COLUMNS = 0, 1, 5, 6, 7, 8, 9
+
+
+class FfcvLoader(EpochLoader):
+    """Serves a packed data set; decodes in ``workers`` threads (0: one for each core).
+
+    Raises:
+        ValueError: FFCV or libjpeg-turbo is not here, the data set is not packed, or ``spec.stored`` is not 0.
+    """
+
+    def __init__(self, spec: LoaderSpec, device: torch.device | str = "cpu", workers: int = 0) -> None:
+        super().__init__(spec, device)
+        if not isinstance(spec.dataset.read, Packed):
+            raise ValueError(
+                f"data.loader: ffcv reads packed data sets; pack {spec.dataset.name} with `fasttrain pack`"
+            )
+        if spec.stored:
+            raise ValueError(
+                "data.stored: ffcv cuts views from the images as they are packed; pack them with --square "
+                f"{spec.stored}, or use the torch loader"
+            )
+        self._read = spec.dataset.read
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self._code = _Code(spec, self._read, self.workers)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._running: Any = None
+
+    def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:
+        spec, size = self.spec, self.spec.size_at(epoch)
+        parts = list(walk)
+        full = [p for p in parts if len(p)]
+        if not full:
+            yield from (self._empty(epoch, size) for _ in parts)
+            return
+        table = self._table(epoch, full, size)
+        number = spec.view(epoch, full[0][:1], 1, 1).number_B[0]
+        self.close()
+        running = self._running = self._code.begin(table, len(full[0]))
+        try:
+            for index_B in parts:
+                if not len(index_B):
+                    yield self._empty(epoch, size)
+                    continue
+                flat = _next(running)
+                yield self._made(epoch, index_B, number, size, flat)
+        finally:
+            self.close()
+
+    def _table(self, epoch: int, parts: list[np.ndarray], size: int) -> np.ndarray:
+        """int32 [N, columns]: the rest of the epoch; within a batch in an order that fills threads alike."""
+        index_N = np.concatenate(parts)
+        file = self._read.file
+        table = np.empty((len(index_N), _COLUMNS), dtype=np.int32)
+        for at in range(0, len(index_N), _CHUNK):
+            index = index_N[at : at + _CHUNK]
+            view = self.spec.view(epoch, index, file.height_N[index], file.width_N[index])
+            table[at : at + _CHUNK, _INDEX] = index
+            table[at : at + _CHUNK, _BOX:_FLIP_X] = view.box_B4
+            table[at : at + _CHUNK, _FLIP_X:_ROW] = view.flip_B2
+        table[:, _SIZE] = size
+        batch = len(parts[0])
+        # what a sample costs: the data down to its box's end, and the pixels of the box
+        down = np.clip(table[:, _BOX] + table[:, _BOX + 2], 1, None) / file.height_N[index_N]
+        cost = file.size_N[index_N] * np.minimum(down, 1) + 0.1 * table[:, _BOX + 2] * table[:, _BOX + 3]
+        for at in range(0, len(table), batch):
+            rows = np.arange(min(batch, len(table) - at))
+            dealt = _deal(np.argsort(-cost[at : at + batch], kind="stable"), self.workers)
+            table[at : at + batch] = table[at + dealt]
+            table[at : at + batch, _ROW] = rows[dealt]
+        return table
+
+    def _made(self, epoch: int, index_B: np.ndarray, number: int, size: int, flat: np.ndarray) -> Batch:
+        spec, n = self.spec, len(index_B)
+        first, second = n * size * size * 3, n * spec.still * spec.still * 3
+        failed = np.flatnonzero(flat[first + second : first + second + n])
+        if len(failed):
+            index_B = index_B.copy()
+            pixels_BSSC = flat[:first].reshape(n, size, size, 3)
+            still_BRRC = flat[first : first + second].reshape(n, spec.still, spec.still, 3)
+            for b in failed:
+                index_B[b] = self._mend(epoch, int(index_B[b]), pixels_BSSC[b], still_BRRC[b])
+        used = torch.from_numpy(flat[: first + second])
+        if self._stream is None:
+            here = used.clone()  # FFCV writes into its memory again
+        else:
+            with torch.cuda.stream(self._stream):
+                here = used.to(self.device, non_blocking=True)
+            done = self._stream.record_event()
+            torch.cuda.current_stream(self.device).wait_event(done)
+            here.record_stream(torch.cuda.current_stream(self.device))
+            done.synchronize()  # of the copy alone: FFCV may write into its memory again
+        pixels = here[:first].view(n, size, size, 3).permute(0, 3, 1, 2)
+        still = here[first:].view(n, spec.still, spec.still, 3).permute(0, 3, 1, 2) if spec.still else None
+        return self._batch_of(pixels, index_B, np.full(n, number), still)
+
+    def _mend(self, epoch: int, index: int, out_SSC: np.ndarray, still_RRC: np.ndarray) -> int:
+        """Writes a sample that the compiled code could not decode, or its stand-in; returns its index."""
+        index, image_HWC, bad = read_or_stand_in(self.spec, index)
+        for i, why in bad.items():
+            self._skip(i, why)
+        view = self.spec.view(epoch, np.array([index]), *image_HWC.shape[:2])
+        cut_one(image_HWC, view, 0, out_SSC)
+        if len(still_RRC):
+            cut_one(image_HWC, view, 0, still_RRC)
+        return index
+
+    def _empty(self, epoch: int, size: int) -> Batch:
+        none = np.zeros(0, dtype=np.int64)
+        pixels, still = (
+            torch.empty(0, s, s, 3, dtype=torch.uint8, device=self.device) for s in (size, self.spec.still)
+        )
+        return self._batch_of(
+            pixels.permute(0, 3, 1, 2), none, none, still.permute(0, 3, 1, 2) if self.spec.still else None
+        )
+
+    def close(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.close()
+            while running.is_alive():  # it may wait for room
+                while not running.output_queue.empty():
+                    running.output_queue.get_nowait()
+                running.join(0.05)
+
+    def describe(self) -> str:
+        import ffcv
+
+        how = "jpeg" if not self._read.raw_N.any() else "raw" if self._read.raw_N.all() else "jpeg and raw"
+        return f"ffcv {ffcv.__version__}, {how}, {self.workers} threads, {self._read.file.path} to {self.device}"
+
+
+def _deal(order_B: np.ndarray, hands: int) -> np.ndarray:
+    """Deals samples, dearest first, to threads that take equal parts of a batch one behind the other."""
+    n = len(order_B)
+    sizes = [n * (h + 1) // hands - n * h // hands for h in range(hands)]
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    h, step = 0, 1
+    for sample in order_B.tolist():
+        while len(dealt[h]) == sizes[h] or not 0 <= h < hands:
+            h += step
+            if not 0 <= h < hands:
+                step = -step
+                h += step
+        dealt[h].append(sample)
+        h += step
+        if not 0 <= h < hands:
+            step = -step
+            h += step
+    return np.array([s for hand in dealt for s in hand])
+
+
+def _next(running) -> np.ndarray:
+    """The next batch of FFCV's thread; an error where that thread has died, in which FFCV itself would wait forever."""
+    while True:
+        try:
+            result = running.output_queue.get(timeout=0.5)
+        except Empty:
+            if running.is_alive():
+                continue
+            raise RuntimeError("FFCV's thread ended early; its error stands above") from None
+        assert result is not None
+        return result[1][0].reshape(-1)
+
+
+class _Code:
+    """FFCV's Loader with our order and decoder, and nothing else of the file decoded."""
+
+    def __init__(self, spec: LoaderSpec, read: Packed, workers: int) -> None:
+        try:
+            from ffcv.loader import Loader
+            from ffcv.traversal_order.base import TraversalOrder
+        except Exception as error:  # a broken installation can raise anything
+            raise ValueError(
+                f"data.loader: ffcv needs FFCV: pip install 'fasttrain[ffcv]' ({type(error).__name__}: {error})"
+            ) from error
+        from .ffcv_decoder import decoder, leave_torch_threads_alone
+        from .show import load_libjpeg
+
+        load_libjpeg()
+        leave_torch_threads_alone()
+
+        class Table(TraversalOrder):
+            """Hands on the rows of a table; FFCV asks for an order when it starts, and for its type by calling it."""
+
+            table = np.zeros((1, _COLUMNS), dtype=np.int32)
+
+            def __init__(self) -> None:
+                pass
+
+            def __call__(self, loader):
+                super().__init__(loader)
+                return self
+
+            def sample_order(self, epoch):
+                return self.table
+
+        self._order = Table()
+        largest = max(spec.size, spec.growth.size if spec.growth else 0)
+        self._bytes = largest * largest * 3 + spec.still * spec.still * 3 + 1
+        pipelines: dict[str, Any] = dict.fromkeys(read.file.fields)
+        pipelines[read.file.image_field] = [decoder(self._bytes, spec.still)]
+        self._loader = Loader(
+            str(read.file.path),
+            batch_size=max(spec.batch // spec.ranks, 1),
+            num_workers=workers,
+            os_cache=True,
+            order=self._order,
+            seed=0,
+            pipelines=pipelines,
+            drop_last=False,
+            batches_ahead=_AHEAD,
+        )
+
+    def begin(self, table: np.ndarray, batch: int):
+        """Starts FFCV's thread over the table's rows."""
+        self._order.table = self._loader.first_traversal_order = table
+        self._loader.batch_size = batch
+        return iter(self._loader)
