@@ -8,16 +8,29 @@ from collections.abc import Callable
 
 import torch
 
-from .base import EpochLoader, LoaderSpec
+from .base import EpochLoader, Growth, LoaderSpec
 from .batch import Batch, Loader
+from .choose import choose_loader
 from .datasets import DATASETS, Dataset, labelled_part, open_dataset
+from .ffcv_loader import FfcvLoader
 from .resident import ResidentLoader
+from .synthetic import SyntheticLoader
 from .torch_loader import TorchLoader
 from .views import ViewPlan, evaluation
 
+
+def _dali(spec: LoaderSpec, device: torch.device | str, workers: int, **options) -> EpochLoader:
+    from .dali_loader import DaliLoader  # when it is asked for: DALI is slow to import
+
+    return DaliLoader(spec, device, workers, **options)
+
+
 LOADERS: dict[str, Callable[..., EpochLoader]] = {
-    "resident": lambda spec, device, workers: ResidentLoader(spec, device),
-    "torch": TorchLoader,
+    "resident": lambda spec, device, workers, **options: ResidentLoader(spec, device),
+    "ffcv": lambda spec, device, workers, **options: FfcvLoader(spec, device, workers),
+    "dali": _dali,
+    "torch": lambda spec, device, workers, **options: TorchLoader(spec, device, workers),
+    "synthetic": lambda spec, device, workers, **options: SyntheticLoader(spec, device),
 }
 
 __all__ = [
@@ -25,9 +38,12 @@ __all__ = [
     "LOADERS",
     "Batch",
     "Dataset",
+    "FfcvLoader",
+    "Growth",
     "Loader",
     "LoaderSpec",
     "ResidentLoader",
+    "SyntheticLoader",
     "TorchLoader",
     "ViewPlan",
     "choose_loader",
@@ -38,32 +54,21 @@ __all__ = [
 ]
 
 
-def open_loader(name: str, spec: LoaderSpec, device: torch.device | str = "cpu", workers: int = 0) -> EpochLoader:
-    """Opens a loader by name; all names serve the same batches.
+def open_loader(
+    name: str, spec: LoaderSpec, device: torch.device | str = "cpu", workers: int = 0, **options
+) -> EpochLoader:
+    """Opens a loader by name; all names but ``synthetic`` serve the same batches.
+
+    Args:
+        name: a key of :data:`LOADERS`.
+        spec: what to load.
+        device: where the batches shall be.
+        workers: threads (``ffcv``, ``dali``; 0: one for each core) or processes (``torch``; 0: none).
+        options: of that loader alone: ``hw_decoder_load`` of ``dali``.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or the loader cannot serve this here.
     """
     if name not in LOADERS:
         raise ValueError(f"data.loader: no loader is called {name!r}; there are auto, {', '.join(LOADERS)}")
-    return LOADERS[name](spec, device, workers)
-
-
-def choose_loader(spec: LoaderSpec, device: torch.device | str = "cpu") -> tuple[str, str]:
-    """What ``auto`` means here: (loader, why). Resident where the decoded split fits into a quarter of the memory."""
-    height, width = (spec.stored, spec.stored) if spec.stored else spec.dataset.read(int(spec.index_N[0])).shape[:2]
-    need = len(spec.index_N) * 3 * (height * width + (spec.still**2 if spec.stored else 0))
-    free = _free_memory(torch.device(device))
-    sizes = f"{need / 2**30:.2f} GiB decoded, {free / 2**30:.1f} GiB free on {device}"
-    if need * 4 > free:
-        return "torch", f"too large to be resident: {sizes}"
-    if not spec.stored and spec.dataset.name == "folder":
-        return "torch", "files of any size are not resident unless data.stored gives them one"
-    return "resident", sizes
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return LOADERS[name](spec, device, workers, **options)

@@ -1,4 +1,8 @@
-"""The ``torch`` loader: PyTorch's DataLoader, decoding files in worker processes. The others are tested against it."""
+"""The ``torch`` loader: PyTorch's DataLoader at its best. Takes any data set; the others are tested against it.
+
+Worker processes live as long as the loader, decode with torchvision's libjpeg-turbo, cut with ``crop.py`` and send whole
+batches of uint8, pinned where a GPU waits for them.
+"""
 
 from collections.abc import Iterator
 
@@ -6,10 +10,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from .base import EpochLoader, LoaderSpec
+from .base import EpochLoader, LoaderSpec, read_or_stand_in
 from .batch import Batch
-from .resample import centre_square, cut
+from .crop import cut_one
+from .resample import centre_square
 from .views import View
+
+_AHEAD = 4  # batches a worker
 
 
 class TorchLoader(EpochLoader):
@@ -21,25 +28,52 @@ class TorchLoader(EpochLoader):
     def __init__(self, spec: LoaderSpec, device: torch.device | str = "cpu", workers: int = 0) -> None:
         super().__init__(spec, device)
         self.workers = workers
+        self._walk: list[tuple[int, np.ndarray]] = []
+        self._loader: DataLoader | None = None
 
     def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:
-        loader: DataLoader = DataLoader(
-            _Cutter(self.spec, epoch),  # type: ignore[arg-type]
-            batch_sampler=list(walk),  # type: ignore[arg-type]
-            collate_fn=_as_is,
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        for item in loader:
+        self._walk = [(epoch, index_B) for index_B in walk]
+        if self._loader is None:
+            self._loader = DataLoader(
+                _Cutter(self.spec),  # type: ignore[arg-type]
+                batch_sampler=_Walk(self),  # type: ignore[arg-type]
+                collate_fn=_as_is,
+                num_workers=self.workers,
+                pin_memory=self.device.type == "cuda",
+                persistent_workers=self.workers > 0,
+                prefetch_factor=_AHEAD if self.workers else None,
+            )
+        for item in self._loader:
             if isinstance(item, ValueError):
                 raise item
-            pixels, still, index_B, number_B = item
+            pixels, still, index_B, number_B, bad = item
+            for index, why in bad.items():
+                self._skip(index, why)
             pixels = pixels.to(self.device, non_blocking=True)
-            still = still.to(self.device, non_blocking=True) if len(still) else None
+            still = still.to(self.device, non_blocking=True) if self.spec.still else None
             yield self._batch_of(pixels, index_B.numpy(), number_B.numpy(), still)
+
+    def close(self) -> None:
+        loader, self._loader = self._loader, None
+        iterator = getattr(loader, "_iterator", None)
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
 
     def describe(self) -> str:
         return f"torch DataLoader, {self.workers} workers, to {self.device}"
+
+
+class _Walk:
+    """The batches of the epoch that its loader is at; PyTorch keeps the sampler that it was given first."""
+
+    def __init__(self, loader: TorchLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        return iter(self._loader._walk)
+
+    def __len__(self) -> int:
+        return len(self._loader._walk)
 
 
 def _as_is(item):
@@ -49,35 +83,40 @@ def _as_is(item):
 class _Cutter:
     """A map-style data set whose ``__getitems__`` makes a whole batch: views as arrays, images one after the other."""
 
-    def __init__(self, spec: LoaderSpec, epoch: int) -> None:
-        self.spec, self.epoch = spec, epoch
+    def __init__(self, spec: LoaderSpec) -> None:
+        self.spec = spec
 
     def __len__(self) -> int:
         return len(self.spec.index_N)
 
-    def __getitems__(self, index_B: np.ndarray):
+    def __getitems__(self, batch: tuple[int, np.ndarray]):
+        epoch, index_B = batch
         spec = self.spec
+        bad: dict[int, str] = {}
+        images = []
+        index_B = index_B.copy()
         try:
-            images = [spec.dataset.read(int(i)) for i in index_B]
+            for b, index in enumerate(index_B.tolist()):
+                index_B[b], image_HWC, unread = read_or_stand_in(spec, index)
+                images.append(image_HWC)
+                bad |= unread
         except ValueError as error:  # raised again where the batch is consumed, without the worker's traceback
             return error
         stored = [centre_square(i, spec.stored) for i in images] if spec.stored else images
         size_B2 = np.array([i.shape[:2] for i in stored]).reshape(-1, 2)
-        view = spec.view(self.epoch, index_B, size_B2[:, 0], size_B2[:, 1])
-        pixels = _cut_each(stored, view, spec.size)
+        view = spec.view(epoch, index_B, size_B2[:, 0], size_B2[:, 1])
+        pixels = _cut_each(stored, view, spec.size_at(epoch))
         still = torch.empty(0, dtype=torch.uint8)
         if spec.still and spec.stored:
             squares = [centre_square(i, spec.still) for i in images]
             still = _cut_each(squares, view.scaled(spec.still / spec.stored), spec.still)
         elif spec.still:
             still = _cut_each(images, view, spec.still)
-        return pixels, still, torch.from_numpy(index_B), torch.from_numpy(view.number_B)
+        return pixels, still, torch.from_numpy(index_B), torch.from_numpy(view.number_B), bad
 
 
 def _cut_each(images: list[np.ndarray], view: View, size: int) -> torch.Tensor:
     out_BHWC = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
     for b, image in enumerate(images):
-        one = View(view.box_B4[b : b + 1], view.flip_B2[b : b + 1], view.number_B[b : b + 1])
-        image_1HWC = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None]
-        out_BHWC[b] = cut(image_1HWC, one, size)[0].permute(1, 2, 0)
+        cut_one(image, view, b, out_BHWC[b].numpy())
     return out_BHWC.permute(0, 3, 1, 2)

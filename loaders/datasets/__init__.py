@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .base import Dataset, labelled_part, split_off, stored_pixels
+from .beton import beton
 from .cifar import cifar10, cifar100
 from .elpv import elpv
 from .fashion_mnist import fashion_mnist
@@ -15,6 +16,7 @@ from .toy import toy
 from .voc import voc
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
+    "beton": beton,
     "cifar10": cifar10,
     "cifar100": cifar100,
     "elpv": elpv,
@@ -36,7 +38,7 @@ def open_dataset(name: str, root: str | Path | None = None, *, val_share: float 
 
     Args:
         name: a key of :data:`DATASETS`.
-        root: the folder that holds it, or the file itself (``list``); None where the data set has a place of its own
+        root: the folder that holds it, or the file itself (``beton``, ``list``); None where the data set has a place of its own
             (``elpv``, ``toy``).
         val_share: share of the training images held out for validation, where the data set has no such split.
         verify: compare the files with the published checksums, where there are some.

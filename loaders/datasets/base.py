@@ -116,15 +116,19 @@ class Files(Encoded):
         return sum(p.stat().st_size for p in self.paths[:samples])
 
 
-def stored_pixels(dataset: Dataset, index_N: np.ndarray, side: int) -> torch.Tensor:
+def stored_pixels(
+    dataset: Dataset, index_N: np.ndarray, side: int, read: Callable[[int], np.ndarray] | None = None
+) -> torch.Tensor:
     """The images ``index_N``, decoded: uint8 [N, H, W, 3]; their centre squares at ``side`` pixels unless it is 0.
+
+    ``read`` stands in for ``dataset.read``.
 
     Raises:
         ValueError: an image cannot be read, or the images differ in size and ``side`` is 0.
     """
 
     def load(index: int) -> np.ndarray:
-        image_HWC = dataset.read(index)
+        image_HWC = (read or dataset.read)(index)
         return centre_square(image_HWC, side) if side else image_HWC
 
     first = load(int(index_N[0]))
