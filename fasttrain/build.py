@@ -1,14 +1,26 @@
 """From a recipe to the parts of a run. Every mistake a recipe can hold comes to light here, before anything is written."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .device import choose_device, choose_dtype
 from .kernels import SoftTargetLoss
-from .loaders import Dataset, LoaderSpec, ViewPlan, choose_loader, evaluation, labelled_part, open_dataset, open_loader
+from .loaders import (
+    Dataset,
+    Growth,
+    LoaderSpec,
+    ViewPlan,
+    choose_loader,
+    evaluation,
+    labelled_part,
+    open_dataset,
+    open_loader,
+)
 from .loaders.base import EpochLoader
 from .methods import METHODS, Method
 from .models import Target, build_backbone
@@ -77,6 +89,8 @@ def build(recipe: Recipe) -> Parts:
     dtype, why = choose_dtype(recipe.run.precision, device)
     log = [f"device: {device}, {str(dtype).removeprefix('torch.')} ({why})"]
     dataset = open_data(recipe)
+    if dataset.multi_label:
+        raise ValueError(f"data.name: {dataset.name} is multi-label, and there is no task for that: it can be packed")
     train_spec, eval_specs = loader_specs(recipe, dataset)
     name, why = (recipe.data.loader, "as asked")
     if name == "auto":
@@ -93,7 +107,7 @@ def build(recipe: Recipe) -> Parts:
     log += [kernels] if kernels else []
 
     def opener(spec: LoaderSpec) -> EpochLoader:
-        return open_loader(name, spec, device, recipe.data.workers)
+        return open_loader(name, spec, device, loader_workers(recipe), hw_decoder_load=recipe.data.hw_decoder_load)
 
     loaders = {"train": opener(train_spec)} | {split: opener(spec) for split, spec in eval_specs.items()}
     log += [f"loader: {name} ({why}); {loaders['train'].describe()}"]
@@ -131,6 +145,8 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
     """What to load for training, and for ``val`` and ``test``."""
     data = recipe.data
     index_N = dataset.splits["train"]
+    if data.indices:
+        index_N = chosen_indices(Path(data.indices), index_N)
     if data.labelled:
         index_N = labelled_part(dataset.targets_N, index_N, data.labelled)
     last = len(index_N) % data.batch
@@ -155,6 +171,9 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
         view_seed=data.seed,
         drop_last=data.drop_last,
         still=still,
+        growth=Growth(data.grow_from, *data.grow_epochs) if data.grow_from else None,
+        balance=data.balance,
+        on_bad_sample=data.on_bad_sample,
     )
     evals = {
         split: LoaderSpec(
@@ -165,10 +184,40 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
             stored=data.stored,
             batch=max(data.batch, 250),
             shuffle=False,
+            on_bad_sample=data.on_bad_sample,
         )
         for split in ("val", "test")
     }
     return train, evals
+
+
+def chosen_indices(path: Path, train_N: np.ndarray) -> np.ndarray:
+    """The training samples that a file names by their indices, one a line: int64, ascending.
+
+    Raises:
+        ValueError: no such file, a line that is no index, an index twice or of no training sample.
+    """
+    try:
+        lines = path.read_text().split()
+        index_M = np.sort(np.array([int(line) for line in lines], dtype=np.int64))
+    except (OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"data.indices: cannot read {path}: {error}") from None
+    if not len(index_M):
+        raise ValueError(f"data.indices: {path} names no sample")
+    outside = np.setdiff1d(index_M, train_N)
+    if len(outside):
+        raise ValueError(f"data.indices: {path} names {outside[0]}, which is no sample of the training split")
+    twice = index_M[:-1][np.diff(index_M) == 0]
+    if len(twice):
+        raise ValueError(f"data.indices: {path} names {twice[0]} twice")
+    return index_M
+
+
+def loader_workers(recipe: Recipe) -> int:
+    """Threads or processes of a loader: as asked, or one for each core that falls to this run."""
+    if recipe.data.workers >= 0:
+        return recipe.data.workers
+    return max(len(os.sched_getaffinity(0)) // recipe.run.parallel, 1)
 
 
 def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int]) -> Target:

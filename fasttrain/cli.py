@@ -18,7 +18,8 @@ usage: fasttrain COMMAND ...
   eval RUN [--split test|val] [--field value ...]
                                          figures of a run's folder or checkpoint (--json)
   export RUN --out FILE                  the trained target alone, as an exported program (.pt2)
-  bench kernels [--json FILE]            speed of the soft-target losses beside others' (`fasttrain bench kernels -h`)
+  pack DATASET --root DIR --out FILE     one .beton for FFCV and DALI, every image checked (`fasttrain pack -h`)
+  bench loaders|kernels [--json FILE]    speed beside others' in the same run (`fasttrain bench loaders -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
 
 `fasttrain train --help` explains every field.
@@ -120,6 +121,15 @@ def _export(given: list[str]) -> int:
     return 0
 
 
+def _pack(given: list[str]) -> int:
+    from . import packing
+
+    if _asks_help(given):
+        print(packing.__doc__)
+        return 0
+    return packing.main(given)
+
+
 def _bench(given: list[str]) -> int:
     suite, rest = _name(given)
     if suite not in SUITES:
@@ -150,12 +160,13 @@ def _doctor(given: list[str]) -> int:
     return 0
 
 
-SUITES = ("kernels",)
+SUITES = ("kernels", "loaders")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "describe": _describe,
     "eval": _eval,
     "export": _export,
+    "pack": _pack,
     "bench": _bench,
     "doctor": _doctor,
 }

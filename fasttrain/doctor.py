@@ -9,10 +9,12 @@ import torch
 from . import kernels
 from .device import choose_device, choose_dtype, cpu_name
 from .environment import versions
+from .loaders.choose import missing_part
+from .loaders.show import load_libjpeg
 
 OPTIONAL = {
-    "ffcv": ("ffcv", "image loader on the CPU; make test builds it, or pip install 'fasttrain[ffcv]'"),
-    "dali": ("nvidia.dali", "image loader on the GPU"),
+    "ffcv": ("ffcv", "loader of packed images on the CPU; make test builds it, or pip install 'fasttrain[ffcv]'"),
+    "dali": ("nvidia.dali", "image loader on the GPU (and on the CPU)"),
     "decord": ("decord", "video decoder; package decord2"),
     "triton": ("triton", "fused kernels"),
     "apex": ("apex.optimizers", "FusedSGD; from NVIDIA's source only, PyPI's apex is something else"),
@@ -42,12 +44,28 @@ def examine() -> dict[str, Any]:
         "uses": {
             "device": f"{device} ({', '.join(gpus) if gpus else 'no CUDA device here'})",
             "precision": f"{str(dtype).removeprefix('torch.')} ({why})",
-            "loader": "resident where the decoded images fit into a quarter of the memory, else torch (DataLoader)",
+            "loader": _loaders(device.type),
             "soft-target losses": f"{kernel} ({kernel_why})",
             "optimiser": "torch.optim.SGD(fused=True)",
         },
         "optional": {part: dict(zip(("works", "note"), available(part), strict=True)) for part in OPTIONAL},
     }
+
+
+def _loaders(device: str) -> str:
+    """What ``data.loader: auto`` takes here for each kind of data set."""
+    parts = ["resident where the decoded images fit into a quarter of the memory"]
+    ffcv, dali = missing_part("ffcv"), missing_part("nvidia.dali")
+    if not ffcv:
+        try:
+            parts.append(f"packed files: ffcv ({load_libjpeg()})")
+        except ValueError as error:
+            ffcv = str(error)
+    if ffcv:
+        instead = "dali" if device == "cuda" and not dali else "torch, which is SLOW"
+        parts.append(f"packed files: {instead} (no ffcv: {ffcv})")
+    files = "dali" if device == "cuda" and not dali else "torch (DataLoader)"
+    return "; ".join([*parts, f"other files: {files}" + (f" (no dali: {dali})" if dali else "")])
 
 
 def to_text(content: dict[str, Any]) -> str:

@@ -21,21 +21,35 @@ class Data:
     """What is learned from."""
 
     name: str = "toy"
-    """Data set: elpv, folder (an ImageFolder tree), cifar10, cifar100, stl10, fashion_mnist, toy."""
+    """Data set: beton (a packed file), folder (an ImageFolder tree), tar (WebDataset shards), list (CSV or JSONL),
+    voc, cifar10, cifar100, stl10, fashion_mnist, elpv, toy."""
     root: str | None = None
-    """Folder that holds it."""
+    """Folder that holds it; of beton and list the file itself."""
     labelled: int = 0
     """Labelled training images to use, classes in proportion; 0 for all."""
+    indices: str | None = None
+    """File that names the training samples to use: their indices in the data set, one a line; null for all."""
+    balance: bool = False
+    """Draw every class equally often; an epoch stays as long as it is."""
     val_share: float = 0.1
     """Share of the training images held out for validation, where the data set has no such split of its own."""
     verify: bool = True
     """Compare the files with the published checksums, where there are some."""
     loader: str = "auto"
-    """resident (the set as uint8 on the device), torch (DataLoader, decodes files), or auto; all serve the same."""
-    workers: int = 4
-    """Processes of the torch loader; 0 decodes in the training process."""
+    """resident (the set as uint8 on the device), ffcv (packed file, CPU), dali (packed file or files, GPU or CPU), torch
+    (DataLoader), synthetic (one random batch, for the compute floor), or auto; all but synthetic serve the same."""
+    workers: int = -1
+    """Threads of ffcv and dali, processes of torch (0 decodes in the training process); -1: one for each core."""
+    hw_decoder_load: float = 0.65
+    """Share of JPEGs that the dali loader gives to a GPU's JPEG engine, where it has one."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """An image that cannot be read: stop, or put the next readable one in its place and count it in summary.json."""
     size: int = 32
     """Side in pixels of the images that the target sees."""
+    grow_from: int = 0
+    """Progressive resizing: side in pixels in the first epochs; 0: always data.size."""
+    grow_epochs: list[int] = field(default_factory=lambda: [0, 0])
+    """The epochs between which images grow from data.grow_from to data.size, in steps of 32 pixels."""
     stored: int = 0
     """Side in pixels to which the images' centre squares are brought before any view; 0 leaves them as they are."""
     batch: int = 128
@@ -327,9 +341,11 @@ _RANGES: list[tuple[Callable[[float], bool], str, str]] = [
     (
         lambda v: v >= 0,
         "is below 0",
-        "data.labelled data.workers data.stored data.pad data.views data.seed target.classes transfer.alpha "
+        "data.labelled data.stored data.grow_from data.pad data.views data.seed target.classes transfer.alpha "
         "transfer.still optim.lr optim.weight_decay optim.warmup_epochs optim.clip_norm run.seed run.checkpoint_steps",
     ),
+    (lambda v: v >= -1, "is below -1", "data.workers"),
+    (lambda v: 0 <= v <= 1, "is not in [0, 1]", "data.hw_decoder_load"),
     (lambda v: 0 <= v < 1, "is not in [0, 1)", "data.val_share optim.ema optim.label_smoothing"),
     (lambda v: 0 < v <= 1, "is not in (0, 1]", "data.min_area data.centre_share"),
 ]
@@ -344,6 +360,14 @@ def _check(r: Recipe) -> None:
                 raise ValueError(f"{name}: {value} {complaint}")
     if not re.fullmatch(r"[\w.+-][\w.+ -]*", r.name):
         raise ValueError(f"name: {r.name!r} cannot be a folder's name: use letters, digits, '.', '_', '+' and '-'")
+    grow = r.data.grow_epochs
+    if r.data.grow_from and not (len(grow) == 2 and 0 <= grow[0] < grow[1] and r.data.grow_from < r.data.size):
+        raise ValueError(
+            f"data.grow_from, data.grow_epochs: {r.data.grow_from} and {grow} are not a side below data.size "
+            f"({r.data.size}) and two epochs, the first before the second"
+        )
+    if r.data.grow_from and r.data.views and r.transfer.recall and not r.transfer.still:
+        raise ValueError("data.grow_from: recalled sources need transfer.still, a size that does not grow")
     if any(not s.name or not s.model for s in r.sources):
         raise ValueError("sources: each needs a name and a model")
     names = [s.name for s in r.sources]

@@ -78,6 +78,8 @@ class Trainer:
             return self._finish()
         finally:
             self.log.close()
+            for loader in self.parts.loaders.values():
+                loader.close()
 
     def _train_epoch(self) -> None:
         self.target.train()
@@ -161,6 +163,7 @@ class Trainer:
             "steps": self.step,
             "seed": self.recipe.run.seed,
             "sources": {n.spec.name: {"model": n.spec.model, "sha256": n.sha256} for n in self.parts.networks},
+            "bad_samples": {split: len(loader.bad) for split, loader in self.parts.loaders.items()},
             "log": self.parts.log,
             "environment": environment(),
         }
@@ -209,6 +212,8 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),
+            "bad_samples": self.loader.bad,
+            "dataset": self.parts.dataset.identity(),
             "position": {"epoch": self.epoch, "step": self.step, "finished": self.finished},
             "best": self.best,
             "sums": self.sums,
@@ -239,7 +244,10 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+        if state["dataset"] != self.parts.dataset.identity():
+            raise ValueError(f"data: {self.parts.dataset.source} has changed since the run in {self.folder} began")
         self.loader.load_state_dict(state["loader"])
+        self.loader.bad |= state["bad_samples"]
         self.epoch, self.step, self.finished = (state["position"][k] for k in ("epoch", "step", "finished"))
         self.best, self.summed = state["best"], state["summed"]
         self.sums = {name: value.to(self.parts.device) for name, value in state["sums"].items()}
@@ -262,4 +270,5 @@ def evaluate(parts: Parts, target: torch.nn.Module, split: str) -> dict[str, flo
         with torch.autocast(parts.device.type, parts.dtype, enabled=parts.dtype != torch.float32):
             logits.append(target(network_input(batch.pixels, mean, std)).logits_BK.float())
         targets.append(batch.targets)
+    loader.close()
     return parts.task.evaluate(torch.cat(logits), torch.cat(targets))

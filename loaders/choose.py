@@ -8,6 +8,7 @@ import torch
 from .base import LoaderSpec
 from .datasets.base import Encoded
 from .datasets.beton import Packed
+from .show import load_libjpeg
 
 
 def choose_loader(spec: LoaderSpec, device: torch.device | str = "cpu") -> tuple[str, str]:
@@ -19,7 +20,7 @@ def choose_loader(spec: LoaderSpec, device: torch.device | str = "cpu") -> tuple
         return "resident", sizes
     read = spec.dataset.read
     if isinstance(read, Packed) and not spec.stored:
-        missing = missing_part("ffcv")
+        missing = missing_part("ffcv") or _missing_libjpeg()
         if not missing:
             return "ffcv", f"a packed file; {sizes}"
         if device.type == "cuda" and not missing_part("nvidia.dali"):
@@ -37,6 +38,14 @@ def missing_part(module: str) -> str:
         importlib.import_module(module)
     except Exception as error:  # a broken installation can raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return ""
+
+
+def _missing_libjpeg() -> str:
+    try:
+        load_libjpeg()
+    except ValueError as error:
+        return str(error)
     return ""
 
 

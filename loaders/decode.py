@@ -4,6 +4,8 @@ JPEGs of one or three components go through torchvision's libjpeg-turbo, everyth
 """
 
 import io
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,9 @@ def decode(content: np.ndarray | bytes, name: str) -> np.ndarray:
         if bytes(content[:2]) == b"\xff\xd8":
             head = read_header(bytes(content))
             if head.orientation == 1 and head.precision == 8 and len(head.components) in (1, 3):
-                return _jpeg(content)
+                image_HWC = _jpeg(content)
+                if image_HWC is not None:
+                    return image_HWC
         with Image.open(io.BytesIO(bytes(content))) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):
@@ -71,10 +75,21 @@ def read_bytes(path: Path) -> np.ndarray:
         raise ValueError(f"cannot read the image {path}: {error.strerror or error}") from error
 
 
-def _jpeg(content: np.ndarray | bytes) -> np.ndarray:
-    from torchvision.io import ImageReadMode, decode_jpeg  # slow to import
-
+def _jpeg(content: np.ndarray | bytes) -> np.ndarray | None:
+    """None where torchvision is built without its decoder (it is to move to torchcodec); Pillow then decodes."""
+    decoder = _torchvision()
+    if decoder is None:
+        return None
     array = np.frombuffer(content, dtype=np.uint8)
     array = array if array.flags.writeable else array.copy()
-    pixels_CHW: torch.Tensor = decode_jpeg(torch.from_numpy(array), mode=ImageReadMode.RGB)
-    return pixels_CHW.permute(1, 2, 0).contiguous().numpy()
+    return decoder(torch.from_numpy(array), 3, False).permute(1, 2, 0).contiguous().numpy()
+
+
+@cache
+def _torchvision() -> Callable | None:
+    try:
+        import torchvision.io  # noqa: F401 - slow to import; it registers the operator
+
+        return torch.ops.image.decode_jpeg
+    except (ImportError, AttributeError, RuntimeError):
+        return None

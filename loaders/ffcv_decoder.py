@@ -8,8 +8,8 @@ from ffcv.fields.decoders import SimpleRGBImageDecoder
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 
-from .ffcv_loader import _BOX, _FLIP_X, _FLIP_Y, _INDEX, _ROW, _SIZE
-from .show import show
+from .ffcv_loader import _BOX, _INDEX, _ROW, _SIZE
+from .show import show_at
 
 
 def leave_torch_threads_alone() -> None:
@@ -37,21 +37,19 @@ class _Decoder(SimpleRGBImageDecoder):  # FFCV takes no other class for the firs
         return replace(previous_state, jit_mode=True, shape=shape, dtype=kind), AllocationQuery(shape, kind)
 
     def generate_code(self):
-        read, threads, still = self.memory_read, Compiler.get_iterator(), self.still
+        read, threads, still, show = self.memory_read, Compiler.get_iterator(), self.still, show_at()
 
         def decode(table_BX, memory, records, storage):
             flat, n = memory.reshape(-1), len(table_BX)
-            size = table_BX[0, _SIZE]
-            image, other = size * size * 3, still * still * 3
+            size = np.int64(table_BX[0, _SIZE])
+            image, other, start = size * size * 3, still * still * 3, flat.ctypes.data
             for at in threads(n):
                 row = table_BX[at]
-                record, b = records[row[_INDEX]], row[_ROW]
-                out = flat[b * image : (b + 1) * image].reshape(size, size, 3)
-                begin = n * image + b * other
-                also = flat[begin : begin + other].reshape(still, still, 3)
+                record, b = records[row[_INDEX]], np.int64(row[_ROW])
+                data = read(record["data_ptr"], storage)
                 flat[n * (image + other) + b] = show(
-                    read(record["data_ptr"], storage), record["mode"] == 0, np.int64(record["height"]),
-                    np.int64(record["width"]), row[_BOX:_FLIP_X], row[_FLIP_X] != 0, row[_FLIP_Y] != 0, out, also,
+                    data.ctypes.data, len(data), record["mode"] == 0, record["height"], record["width"],
+                    row[_BOX:].ctypes.data, size, start + b * image, still, start + n * image + b * other,
                 )  # fmt: skip
             return memory
 

@@ -16,6 +16,7 @@ from .base import EpochLoader, LoaderSpec, read_or_stand_in
 from .batch import Batch
 from .crop import cut_one
 from .datasets.beton import Packed
+from .show import load_libjpeg
 
 _AHEAD = 3  # batches ready before they are asked for
 _CHUNK = 1 << 16  # samples whose views are computed at once
@@ -43,7 +44,8 @@ class FfcvLoader(EpochLoader):
             )
         self._read = spec.dataset.read
         self.workers = workers or len(os.sched_getaffinity(0))
-        self._code = _Code(spec, self._read, self.workers)
+        _need_ffcv()
+        self._code: _Code | None = None  # compiled when the first batch is asked for
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._running: Any = None
 
@@ -57,6 +59,7 @@ class FfcvLoader(EpochLoader):
         table = self._table(epoch, full, size)
         number = spec.view(epoch, full[0][:1], 1, 1).number_B[0]
         self.close()
+        self._code = self._code or _Code(spec, self._read, self.workers)
         running = self._running = self._code.begin(table, len(full[0]))
         try:
             for index_B in parts:
@@ -184,21 +187,25 @@ def _next(running) -> np.ndarray:
         return result[1][0].reshape(-1)
 
 
+def _need_ffcv() -> None:
+    try:
+        import ffcv  # noqa: F401
+    except Exception as error:  # a broken installation can raise anything
+        raise ValueError(
+            f"data.loader: ffcv needs FFCV: pip install 'fasttrain[ffcv]' ({type(error).__name__}: {error})"
+        ) from error
+    load_libjpeg()
+
+
 class _Code:
     """FFCV's Loader with our order and decoder, and nothing else of the file decoded."""
 
     def __init__(self, spec: LoaderSpec, read: Packed, workers: int) -> None:
-        try:
-            from ffcv.loader import Loader
-            from ffcv.traversal_order.base import TraversalOrder
-        except Exception as error:  # a broken installation can raise anything
-            raise ValueError(
-                f"data.loader: ffcv needs FFCV: pip install 'fasttrain[ffcv]' ({type(error).__name__}: {error})"
-            ) from error
-        from .ffcv_decoder import decoder, leave_torch_threads_alone
-        from .show import load_libjpeg
+        from ffcv.loader import Loader
+        from ffcv.traversal_order.base import TraversalOrder
 
-        load_libjpeg()
+        from .ffcv_decoder import decoder, leave_torch_threads_alone
+
         leave_torch_threads_alone()
 
         class Table(TraversalOrder):

@@ -8,10 +8,12 @@ at 1/2, 1/4 or 1/8 (a smaller inverse DCT); otherwise the pixels are those of de
 
 import ctypes
 import ctypes.util
+from functools import lru_cache
 
 import llvmlite.binding as llvm
 import numpy as np
-from numba import njit, types
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
 
 from .crop import cut_into
 from .seekable import TAG
@@ -99,6 +101,38 @@ def show(data, jpeg, height, width, box_4, flip_x, flip_y, out_SSC, still_RRC):
     if still_RRC.shape[0]:
         cut_into(image, top, left, box_h, box_w, flip_x, flip_y, still_RRC)
     return DONE
+
+
+@lru_cache(1)
+def show_at():
+    """:func:`show` as a C function of addresses, which other compiled code calls without being compiled together with it.
+
+    (data, its length, jpeg, height, width, row of box and flips as int32 [6], S, out, R, still) -> status.
+    """
+
+    @cfunc(types.int64(*[types.intp] * 10), cache=True)
+    def call(data, length, jpeg, height, width, row, size, out, still_size, still):
+        row_6 = carray(_as_int32(row), 6)
+        pixels = carray(_as_bytes(out), (size, size, 3))
+        other = carray(_as_bytes(still), (still_size, still_size, 3))
+        content = carray(_as_bytes(data), length)
+        return show(content, jpeg != 0, height, width, row_6[:4], row_6[4] != 0, row_6[5] != 0, pixels, other)
+
+    return call.ctypes
+
+
+def _pointer(kind):
+    @intrinsic
+    def cast(_, address):
+        def codegen(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.intp), codegen
+
+    return cast
+
+
+_as_bytes, _as_int32 = _pointer(types.uint8), _pointer(types.int32)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -99,7 +99,8 @@ def recalled(
         names = " and ".join(n.spec.name for n, _ in missing)
         report(f"soft targets: showing {views} views of {samples} images to {names}, once")
         start = time.perf_counter()
-        _fill(missing, replace(spec, shuffle=False, drop_last=False, batch=_FILL_BATCH), open_loader, dtype)
+        plain = replace(spec, shuffle=False, balance=False, growth=None, drop_last=False, batch=_FILL_BATCH)
+        _fill(missing, plain, open_loader, dtype)
         took = time.perf_counter() - start
         count = views * samples * len(missing)
         report(f"soft targets: {count} in {took:.1f} s ({count / took:.0f} a second)")
@@ -120,6 +121,7 @@ def _fill(missing: list[tuple[SourceNetwork, Path]], spec: LoaderSpec, open_load
             for table, logits_BC in zip(tables, parts, strict=True):
                 table[view, row : row + len(batch)] = logits_BC.float().cpu().numpy()
             row += len(batch)
+    loader.close()
     for (_, path), table in zip(missing, tables, strict=True):
         write_whole(path, partial(_save, table))
 
