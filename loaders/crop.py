@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from .views import View
 
 _ONE = 1024  # a weight of 1, as an integer; see resample.py
-_SLACK = 64  # floats behind a row that may be read, with weight 0
+_TOGETHER = 4  # rows whose columns are added at once: their weights are loaded once
 
 
 def cut_one(image_HWC: np.ndarray, view: View, b: int, out_SSC: np.ndarray) -> None:
@@ -81,48 +81,85 @@ def weights(start, length, extent, size, flip, first_S, count_S, weight_ST):
 
 
 @intrinsic
-def _columns(_, row, first, weight, taps, out, size):
-    """Weights and adds the columns of one row, 4 floats (3 channels and one that is dropped) at a time.
+def _columns(_, rows, pitch, first, weight, taps, out, out_pitch, size):
+    """Weights and adds the columns of :data:`_TOGETHER` rows, 4 floats (3 channels and one that is dropped) at a time.
 
-    Addresses of: row float32 [W * 3 + slack], first int64 [S], weight float32 [S, taps] (taps even), out uint8
-    [S * 3 + 1]; the byte behind the last pixel is written, too.
+    Addresses of: rows float32 [rows, pitch], first int64 [S], weight float32 [S, taps] (taps even), out uint8
+    [rows, out_pitch]; a byte behind the last pixel of each row is written, too.
     """
 
-    def codegen(_context, build, _signature, arguments):
-        row, first, weight, taps, out, size = arguments
+    def codegen(context, build, _signature, arguments):
+        rows, pitch, first, weight, taps, out, out_pitch, size = arguments
         f32, i8, i32, i64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
         vector, bytes4, int4 = ir.VectorType(f32, 4), ir.VectorType(i8, 4), ir.VectorType(i32, 4)
-        row, weight = (build.inttoptr(p, f32.as_pointer()) for p in (row, weight))
-        first, out = build.inttoptr(first, i64.as_pointer()), build.inttoptr(out, i8.as_pointer())
-        two, three = ir.Constant(i64, 2), ir.Constant(i64, 3)
         undefined = ir.Constant(vector, ir.Undefined)
+
+        def number(value):
+            return ir.Constant(i64, value)
+
+        def pointer(address, step, kind):
+            return build.inttoptr(build.add(address, step), kind.as_pointer())
 
         def spread(scalar):
             one = build.insert_element(undefined, scalar, ir.Constant(i32, 0))
             return build.shuffle_vector(one, undefined, ir.Constant(int4, [0] * 4))
 
+        row_R = [pointer(rows, build.mul(pitch, number(4 * r)), f32) for r in range(_TOGETHER)]
+        out_R = [pointer(out, build.mul(out_pitch, number(r)), i8) for r in range(_TOGETHER)]
+        weight, first = pointer(weight, number(0), f32), pointer(first, number(0), i64)
         with cgutils.for_range(build, size) as column:
             x = column.index
-            at = build.mul(build.load(build.gep(first, [x])), three)
-            table = build.mul(x, taps)
-            held = cgutils.alloca_once(build, vector)
-            build.store(ir.Constant(vector, [0.0] * 4), held)
-            with cgutils.for_range(build, build.udiv(taps, two)) as pair:
-                total = build.load(held)
+            at, table = build.mul(build.load(build.gep(first, [x])), number(3)), build.mul(x, taps)
+            held_R = [cgutils.alloca_once_value(build, ir.Constant(vector, [0.0] * 4)) for _ in range(_TOGETHER)]
+            for held in held_R:
+                build.store(ir.Constant(vector, [0.0] * 4), held)
+            with cgutils.for_range(build, build.udiv(taps, number(2))) as pair:
+                total_R = [build.load(held) for held in held_R]
                 for step in range(2):
-                    k = build.add(build.mul(pair.index, two), ir.Constant(i64, step))
-                    place = build.gep(row, [build.add(at, build.mul(k, three))])
-                    pixel = build.load(build.bitcast(place, vector.as_pointer()), align=4)
+                    k = build.add(build.mul(pair.index, number(2)), number(step))
                     w = spread(build.load(build.gep(weight, [build.add(table, k)])))
-                    total = build.fadd(build.fmul(pixel, w, flags=("contract",)), total, flags=("contract",))
-                build.store(total, held)
-            scaled = build.fmul(build.load(held), ir.Constant(vector, [1.0 / _ONE] * 4))
-            whole = build.fptoui(build.fadd(scaled, ir.Constant(vector, [0.5] * 4)), int4)
-            place = build.gep(out, [build.mul(x, three)])
-            build.store(build.trunc(whole, bytes4), build.bitcast(place, bytes4.as_pointer()), align=1)
-        return _context.get_dummy_value()
+                    place = build.add(at, build.mul(k, number(3)))
+                    for r in range(_TOGETHER):
+                        pixel = build.load(build.bitcast(build.gep(row_R[r], [place]), vector.as_pointer()), align=4)
+                        product = build.fmul(pixel, w, flags=("contract",))
+                        total_R[r] = build.fadd(product, total_R[r], flags=("contract",))
+                for held, total in zip(held_R, total_R, strict=True):
+                    build.store(total, held)
+            for held, to in zip(held_R, out_R, strict=True):
+                scaled = build.fmul(build.load(held), ir.Constant(vector, [1.0 / _ONE] * 4))
+                whole = build.fptosi(build.fadd(scaled, ir.Constant(vector, [0.5] * 4)), int4)
+                place = build.bitcast(build.gep(to, [build.mul(x, number(3))]), bytes4.as_pointer())
+                build.store(build.trunc(whole, bytes4), place, align=1)
+        return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 6), codegen
+    return types.void(*[types.intp] * 8), codegen
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _row(source, first, count, weight_T, low, high, total):
+    """Weights and adds rows of bytes: float32 [high - low], whole numbers."""
+    n, half, unit = high - low, np.float32(0.5), np.float32(1.0 / _ONE)
+    if count <= 2:
+        a, b = source[first][low:high], source[first + count - 1][low:high]
+        v, w = np.float32(weight_T[0]), np.float32(weight_T[1] if count == 2 else 0)
+        for j in range(n):
+            total[j] = np.float32(np.int32((np.float32(a[j]) * v + np.float32(b[j]) * w) * unit + half))
+        return
+    a, b, c = source[first][low:high], source[first + 1][low:high], source[first + 2][low:high]
+    u, v, w = np.float32(weight_T[0]), np.float32(weight_T[1]), np.float32(weight_T[2])
+    if count == 3:
+        for j in range(n):
+            whole = np.float32(a[j]) * u + np.float32(b[j]) * v + np.float32(c[j]) * w
+            total[j] = np.float32(np.int32(whole * unit + half))
+        return
+    for j in range(n):
+        total[j] = np.float32(a[j]) * u + np.float32(b[j]) * v + np.float32(c[j]) * w
+    for k in range(3, count):
+        w, a = np.float32(weight_T[k]), source[first + k][low:high]
+        for j in range(n):
+            total[j] += np.float32(a[j]) * w
+    for j in range(n):
+        total[j] = np.float32(np.int32(total[j] * unit + half))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -153,25 +190,19 @@ def cut_into(image_HWC, top, left, height, width, flip_x, flip_y, out_SSC):
         return
     for s in range(size):
         x_S[s] = min(max(x_S[s] - low, 0), high - low)
-    count = (high - low) * 3
-    row = np.zeros(count + 3 * most + 4, dtype=np.float32)
-    line = np.empty(size * 3 + 1, dtype=np.uint8)
-    source = image_HWC.reshape(rows, columns * 3)
-    total = row[:count]
-    for s in range(size):
-        if rows_S[s] == 0:
-            out_SSC[s] = 0
-            continue
-        w = np.float32(weight_y[s, 0])
-        pixels = source[y_S[s]][low * 3 : high * 3]
-        for j in range(count):
-            total[j] = np.float32(pixels[j]) * w
-        for k in range(1, rows_S[s]):
-            w = np.float32(weight_y[s, k])
-            pixels = source[y_S[s] + k][low * 3 : high * 3]
-            for j in range(count):
-                total[j] += np.float32(pixels[j]) * w
-        for j in range(count):
-            total[j] = np.float32(np.int32(total[j] * np.float32(1.0 / _ONE) + np.float32(0.5)))
-        _columns(row.ctypes.data, x_S.ctypes.data, weight_x.ctypes.data, most, line.ctypes.data, size)
-        out_SSC[s].reshape(-1)[:] = line[: size * 3]
+    count, line = (high - low) * 3, size * 3
+    pitch, out_pitch = count + 3 * most + 4, line + 4
+    block = np.zeros((_TOGETHER, pitch), dtype=np.float32)
+    lines = np.empty((_TOGETHER, out_pitch), dtype=np.uint8)
+    source, out = image_HWC.reshape(rows, columns * 3), out_SSC.reshape(size, line)
+    for s in range(0, size, _TOGETHER):
+        for r in range(min(_TOGETHER, size - s)):
+            if rows_S[s + r]:
+                _row(source, y_S[s + r], rows_S[s + r], weight_y[s + r], low * 3, high * 3, block[r][:count])
+            else:
+                block[r][:count] = 0
+        _columns(
+            block.ctypes.data, pitch, x_S.ctypes.data, weight_x.ctypes.data, most, lines.ctypes.data, out_pitch, size
+        )
+        for r in range(min(_TOGETHER, size - s)):
+            out[s + r] = lines[r][:line]
