@@ -1,0 +1,418 @@
+"""The ``dali`` loader: NVIDIA DALI decodes, cuts and resizes, on a GPU or on the CPU, in our order and with our views.
+
+DALI draws nothing: with every batch it is fed the boxes, flips and sizes. One thread gathers the files' bytes, keeps DALI a
+few batches ahead and copies what it made into tensors of PyTorch, so that a batch stays valid for as long as it is held.
+The decoder is libjpeg-turbo on the CPU (the same bytes as ours) and nvJPEG on a GPU; DALI's triangle filter differs from
+``resample.py`` in that it repeats the pixels at the box's border.
+"""
+
+import importlib.metadata
+import os
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import Empty, Full, Queue
+from threading import Event, Thread, current_thread
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import EpochLoader, LoaderSpec, read_or_stand_in
+from .batch import Batch
+from .datasets.base import Encoded
+from .datasets.beton import Packed
+from .jpeg import read_header
+
+_AHEAD = 3  # batches that DALI works on
+_READY = 2  # batches that wait for the consumer
+# fails, or crashes the process, where a GPU decodes a part of a JPEG: github.com/NVIDIA/nvImageCodec/issues/55
+_NO_GPU_CROPS = "0.9.0"
+_TURNING = (b"eXIf", b"exif", b"Orientation")  # PNGs with one of these may have to be turned
+
+How = Literal["whole-image decode", "crop-only decode", "pixels"]
+
+
+class DaliLoader(EpochLoader):
+    """Serves files and packed data sets; ``workers`` are DALI's threads (0: one for each core).
+
+    Args:
+        hw_decoder_load: share of a batch's JPEGs that goes to the GPU's JPEG engine, where it has one.
+
+    Raises:
+        ValueError: DALI is not here, the data set holds no files, or ``spec.stored`` is not 0.
+    """
+
+    def __init__(
+        self, spec: LoaderSpec, device: torch.device | str = "cpu", workers: int = 0, hw_decoder_load: float = 0.65
+    ) -> None:
+        super().__init__(spec, device)
+        read = spec.dataset.read
+        if not isinstance(read, Encoded):
+            raise ValueError(f"data.loader: dali decodes image files; {spec.dataset.name} holds pixels: use resident")
+        if spec.stored:
+            raise ValueError(
+                "data.stored: dali cuts views from the images as they are stored; pack them with --square "
+                f"{spec.stored}, or use the torch loader"
+            )
+        self._version = _dali_version()
+        self._read, self._packed = read, isinstance(read, Packed)
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self._hw_decoder_load = hw_decoder_load
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._how = _how(spec, self._stream is not None)
+        self._size_N2 = np.zeros((len(spec.dataset), 2), dtype=np.int32)  # of files once looked into; 0: not yet
+        self._ours: set[int] = set()  # samples that DALI is fed as pixels that we decoded
+        self._pipe: Any = None
+        self._running: _Background | None = None
+
+    def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:
+        if self._running is not None:
+            self._running.end()
+        running = self._running = _Background(self._batches(epoch, walk))
+        try:
+            for work, pixels, still in running:
+                for index, why in work.bad.items():
+                    self._skip(index, why)
+                if self._stream is not None:  # the copies are done; PyTorch has to know who uses their memory now
+                    for tensor in (pixels, still):
+                        if tensor is not None:
+                            tensor.record_stream(torch.cuda.current_stream(self._stream.device))
+                yield self._batch_of(pixels, work.index_B, work.number_B, still)
+        finally:
+            running.end()
+
+    def close(self) -> None:
+        if self._running is not None:
+            self._running.end()
+        self._pipe = None
+
+    def describe(self) -> str:
+        return f"dali {self._version} on {self.device}, {self.workers} threads, {self._how}"
+
+    def _batches(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[tuple["_Work", Tensor, Tensor | None]]:
+        """Runs in a thread: the walk's batches, in its order, with DALI at work on the ones that follow."""
+        pending: deque[_Work] = deque()
+        failed: ValueError | None = None
+        try:
+            with ThreadPoolExecutor(self.workers, "dali-read") as pool:
+                each = map if self._packed else pool.map  # a packed file's bytes are not touched here
+
+                def gather(asked_B: np.ndarray) -> _Work:
+                    return self._work(epoch, asked_B, list(each(self._sample, asked_B.tolist())))
+
+                for asked_B in walk:
+                    try:
+                        pending.append(gather(asked_B))
+                    except ValueError as error:  # raised when the batches before it have been served
+                        failed = error
+                        break
+                    self._schedule(pending[-1])
+                    if len(pending) > _AHEAD:
+                        yield self._collect(epoch, pending, gather)
+                while pending:
+                    yield self._collect(epoch, pending, gather)
+                if failed:
+                    raise failed
+        finally:
+            if pending:  # DALI still holds batches that nobody wants
+                self._pipe = None
+
+    def _sample(self, index: int) -> "_Sample":
+        """What DALI is fed for a sample, or for its stand-in.
+
+        Raises:
+            ValueError: it cannot be read; see ``read_or_stand_in``.
+        """
+        if index not in self._ours:
+            if isinstance(self._read, Packed):
+                raw = self._read.raw(index)
+                return _Sample(index, self._read.encoded(index) if raw is None else raw, *self._read.size(index))
+            try:
+                content = self._read.encoded(index)
+                if not self._size_N2[index, 0]:
+                    self._size_N2[index] = decodable(content)
+                height, width = self._size_N2[index].tolist()
+                return _Sample(index, content, height, width)
+            except ValueError:
+                self._ours.add(index)
+        index, image_HWC, bad = read_or_stand_in(self.spec, index)
+        content = np.ascontiguousarray(image_HWC) if self._how == "pixels" else _as_file(image_HWC)
+        return _Sample(index, content, *image_HWC.shape[:2], ours=True, bad=bad)
+
+    def _work(self, epoch: int, asked_B: np.ndarray, samples: list["_Sample"]) -> "_Work":
+        spec = self.spec
+        index_B = np.array([s.index for s in samples], dtype=np.int64)
+        height_B, width_B = (np.array([getattr(s, k) for s in samples], dtype=np.int64) for k in ("height", "width"))
+        view = spec.view(epoch, index_B, height_B, width_B)
+        shape_B2, flip_B2 = view.box_B4[:, 2:], view.flip_B2[:, ::-1]  # both (vertical, horizontal)
+        fed = {
+            "content": [s.content for s in samples],
+            "start": view.box_B4[:, :2].astype(np.int32),
+            "shape": shape_B2.astype(np.int32),
+            "from": np.where(flip_B2, shape_B2, 0).astype(np.float32),
+            "to": np.where(flip_B2, 0, shape_B2).astype(np.float32),
+            "size": np.full((len(samples), 2), spec.size_at(epoch), dtype=np.float32),
+        }
+        if spec.still:
+            fed["still"] = np.full((len(samples), 2), spec.still, dtype=np.float32)
+        bad = {index: why for s in samples for index, why in s.bad.items()}
+        return _Work(asked_B, index_B, view.number_B, fed, [s.ours for s in samples], bad)
+
+    def _new_pipeline(self, batch: int) -> Any:
+        gpu = self._stream.device.index if self._stream is not None else None
+        made = pipeline(
+            self._how,
+            batch,
+            self.workers,
+            gpu,
+            pad=self.spec.plan.crop == "pad",
+            still=self.spec.still > 0,
+            hw_decoder_load=self._hw_decoder_load,
+        )
+        made.build()
+        return made
+
+    def _schedule(self, work: "_Work") -> None:
+        if len(work.index_B):
+            if self._pipe is None:
+                self._pipe = self._new_pipeline(-(-self.spec.batch // self.spec.ranks))
+            _feed(self._pipe, work.fed)
+
+    def _collect(
+        self, epoch: int, pending: deque["_Work"], gather: Callable[[np.ndarray], "_Work"]
+    ) -> tuple["_Work", Tensor, Tensor | None]:
+        """Waits for the oldest of the pending batches and removes it."""
+        if not len(pending[0].index_B):  # the rank's part of a small last batch
+            sides = [self.spec.size_at(epoch), self.spec.still] if self.spec.still else [self.spec.size_at(epoch)]
+            made = [torch.empty(0, s, s, 3, dtype=torch.uint8, device=self.device).permute(0, 3, 1, 2) for s in sides]
+        else:
+            while True:
+                try:
+                    outputs = self._pipe.share_outputs()
+                    break
+                except Exception:  # RuntimeError mostly, of the whole batch; the pipeline is "no longer valid" then
+                    self._pipe = None
+                    refused = self._refused(pending[0])
+                    if not refused:
+                        raise
+                    self._ours |= refused
+                    pending[0] = gather(pending[0].asked_B)
+                    for work in pending:
+                        self._schedule(work)
+            made = [self._copy(o) for o in outputs]
+            self._pipe.release_outputs()
+        return pending.popleft(), made[0], made[1] if self.spec.still else None
+
+    def _refused(self, work: "_Work") -> set[int]:
+        """Which samples of a batch DALI cannot decode: each is tried alone."""
+        refused, alone = set(), None
+        for b in np.flatnonzero(~np.array(work.ours_B)):
+            alone = alone or self._new_pipeline(1)
+            try:
+                _feed(alone, {name: values[b : b + 1] for name, values in work.fed.items()})
+                alone.share_outputs()
+                alone.release_outputs()
+            except Exception:
+                refused.add(int(work.index_B[b]))
+                alone = None
+        return refused
+
+    def _copy(self, output: Any) -> Tensor:
+        """uint8 [B, 3, S, S], channels_last, of DALI's output on the same device; done when this returns."""
+        with torch.cuda.stream(self._stream):
+            pixels_BSSC = torch.from_dlpack(output.as_tensor()).clone()
+        if self._stream is not None:
+            self._stream.synchronize()  # DALI may use its memory again
+        return pixels_BSSC.permute(0, 3, 1, 2)
+
+
+def pipeline(
+    how: How, batch: int, threads: int, gpu: int | None, *, pad: bool, still: bool, hw_decoder_load: float
+) -> Any:
+    """DALI's graph, to be built.
+
+    Inputs, fed by name, B samples each: ``content``, uint8 [bytes] or [H, W, 3] of ``pixels``; ``start`` and ``shape`` of
+    the boxes, int32 [2]; ``from`` and ``to``, float32 [2], its corners within itself, exchanged where it is mirrored;
+    ``size`` and ``still``, float32 [2], of the outputs. Outputs: uint8 [B, S, S, 3], and [B, R, R, 3] with ``still``.
+
+    Args:
+        gpu: ordinal of the device that decodes and resizes; None for the CPU.
+        pad: boxes may reach beyond the image, which is black there.
+    """
+    from nvidia.dali import Pipeline, fn, types
+
+    # a queue of 1: how far it is ahead is up to who schedules its runs
+    made = Pipeline(batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=1)
+    with made:
+
+        def numbers(name: str, kind=types.FLOAT):
+            return fn.external_source(name=name, dtype=kind, ndim=1)
+
+        place: dict[str, Any] = {"start": numbers("start", types.INT32), "shape": numbers("shape", types.INT32)}
+        place["axis_names"] = "HW"
+        shape: dict[str, Any] = {"layout": "HWC"} if how == "pixels" else {"ndim": 1}
+        content = fn.external_source(name="content", dtype=types.UINT8, no_copy=True, **shape)
+        decoder: dict[str, Any] = {}
+        if gpu is not None:  # affine would bind its threads to the same few cores in every process
+            decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load, "affine": False}
+        outside = "pad" if pad else "error"
+        if how == "pixels":
+            image = fn.slice(content, **place, out_of_bounds_policy=outside, fill_values=0)
+            image = image if gpu is None else image.gpu()
+        elif how == "crop-only decode":
+            image = fn.decoders.image_slice(content, **place, **decoder)
+        else:
+            whole = fn.decoders.image(content, **decoder)
+            image = fn.slice(whole, **place, out_of_bounds_policy=outside, fill_values=0)
+        corners = {"roi_start": numbers("from"), "roi_end": numbers("to")}
+        sizes = ["size", "still"] if still else ["size"]
+        made.set_outputs(
+            *(
+                fn.resize(image, size=numbers(s), **corners, interp_type=types.INTERP_LINEAR, antialias=True)
+                for s in sizes
+            )
+        )
+    return made
+
+
+def decodable(content: np.ndarray) -> tuple[int, int]:
+    """(height, width), upright, of a file that DALI decodes to the same pixels as ``decode``, from its header and end.
+
+    Raises:
+        ValueError: it may not, and is left to ``decode``: anything but whole JPEGs of 8 bits in grey or YCbCr and whole PNGs
+            of 8 bits. (DALI rounds 16 bits, and shows the rest of a JPEG that was cut off.)
+    """
+    file = content.tobytes()
+    if file[:2] == b"\xff\xd8" and file[-2:] == b"\xff\xd9":
+        head = read_header(file)
+        if head.precision == 8 and len(head.components) in (1, 3) and head.adobe != 0:
+            return (head.width, head.height) if head.orientation > 4 else (head.height, head.width)
+    if file[:4] == b"\x89PNG" and file[-8:-4] == b"IEND" and file[24:25] == b"\x08":
+        if not any(mark in file for mark in _TURNING):
+            width, height = struct.unpack(">II", file[16:24])
+            return height, width
+    raise ValueError("not a plain JPEG or PNG")
+
+
+def gpu_decodes_crops() -> bool:
+    """Whether the nvImageCodec that is installed decodes a part of a JPEG on a GPU."""
+    versions = []
+    for package in ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"):
+        try:
+            versions.append(importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return bool(versions) and not any(f"{v}.".startswith(f"{_NO_GPU_CROPS}.") for v in versions)
+
+
+def _dali_version() -> str:
+    try:
+        import nvidia.dali
+    except Exception as error:  # a broken installation can raise anything
+        raise ValueError(
+            f"data.loader: dali needs nvidia-dali-cuda130 (Linux, x86-64): pip install nvidia-dali-cuda130; {error}"
+        ) from error
+    return nvidia.dali.__version__
+
+
+def _how(spec: LoaderSpec, gpu: bool) -> How:
+    if isinstance(spec.dataset.read, Packed):
+        raw_N = spec.dataset.read.raw_N[spec.index_N]
+        if raw_N.all():
+            return "pixels"
+        if raw_N.any():
+            raise ValueError(
+                f"data.loader: dali takes JPEGs or pixels, and {spec.dataset.name} holds {(~raw_N).sum()} samples as "
+                f"JPEGs and {raw_N.sum()} as pixels: use the torch loader"
+            )
+    inside = spec.plan.crop != "pad"
+    return "crop-only decode" if inside and (not gpu or gpu_decodes_crops()) else "whole-image decode"
+
+
+def _feed(pipe: Any, fed: dict[str, Any]) -> None:
+    for name, values in fed.items():
+        pipe.feed_input(name, values)
+    pipe.schedule_run()
+
+
+def _as_file(image_HWC: np.ndarray) -> np.ndarray:
+    """A PPM file: pixels behind a line of text."""
+    head = b"P6 %d %d 255\n" % (image_HWC.shape[1], image_HWC.shape[0])
+    return np.concatenate([np.frombuffer(head, dtype=np.uint8), image_HWC.reshape(-1)])
+
+
+class _Sample(NamedTuple):
+    """What DALI is fed for one sample; ``ours``: as pixels that we decoded; ``bad``: those for which it stands in."""
+
+    index: int
+    content: np.ndarray
+    height: int
+    width: int
+    ours: bool = False
+    bad: dict[int, str] = {}  # never written to
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One batch, and what DALI is fed for it; to be kept until DALI is done, which does not copy ``content``."""
+
+    asked_B: np.ndarray
+    index_B: np.ndarray
+    number_B: np.ndarray
+    fed: dict[str, Any]
+    ours_B: list[bool]
+    bad: dict[int, str]
+
+
+class _Background:
+    """Runs a generator in a thread, ``_READY`` items ahead; iteration yields its items and raises its error."""
+
+    def __init__(self, items: Iterator) -> None:
+        self._queue: Queue = Queue(_READY)
+        self._ended = Event()
+        self._thread = Thread(target=self._run, args=(items,), name="dali", daemon=True)
+        self._thread.start()
+
+    def _run(self, items: Any) -> None:
+        try:
+            for item in items:
+                if not self._put((item, None)):
+                    break
+            self._put((None, None))
+        except BaseException as error:  # raised where the items are used
+            self._put((None, error))
+        finally:
+            items.close()
+
+    def _put(self, entry: tuple) -> bool:
+        while not self._ended.is_set():
+            try:
+                self._queue.put(entry, timeout=0.1)
+                return True
+            except Full:
+                pass
+        return False
+
+    def __iter__(self) -> Iterator:
+        while True:
+            item, error = self._queue.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+
+    def end(self) -> None:
+        """Stops the thread and waits for it; who still iterates gets an error."""
+        self._ended.set()
+        if self._thread is not current_thread():  # an iterator left to the garbage collector is ended in any thread
+            self._thread.join()
+        try:
+            while True:
+                self._queue.get_nowait()
+        except Empty:
+            self._queue.put((None, RuntimeError("the loader was closed, or began to iterate anew")))
