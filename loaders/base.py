@@ -107,6 +107,7 @@ class EpochLoader:
         self.device = torch.device(device)
         self._epoch, self._batch = 0, 0
         self.bad: dict[int, str] = {}  # index -> why it was skipped
+        self._stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
         return batch_count(len(self.spec.index_N), self.spec.batch, self.spec.drop_last)
@@ -150,10 +151,24 @@ class EpochLoader:
             raise ValueError(why)
         self.bad[index] = why
 
+    def _sent(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels on the device: from pinned memory they travel on a stream of their own, beside what is being computed."""
+        if self.device.type != "cuda":
+            return pixels
+        self._stream = self._stream or torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._stream):
+            out = pixels.to(self.device, non_blocking=True)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._stream)
+        out.record_stream(current)
+        return out
+
     def _batch_of(self, pixels: torch.Tensor, index_B: np.ndarray, number_B: np.ndarray, still=None) -> Batch:
-        targets_B = torch.from_numpy(self.spec.dataset.targets_N[index_B])
-        index, number = (torch.from_numpy(a).to(self.device) for a in (index_B, number_B))
-        return Batch(pixels, targets_B.to(self.device), index, number, still)
+        targets = torch.from_numpy(self.spec.dataset.targets_N[index_B])
+        small = [targets, torch.from_numpy(index_B), torch.from_numpy(number_B)]
+        if self.device.type == "cuda":  # pageable memory would make the host wait
+            small = [t.pin_memory().to(self.device, non_blocking=True) for t in small]
+        return Batch(pixels, *small, still)
 
 
 def stand_ins(spec: LoaderSpec, index: int) -> Iterator[int]:

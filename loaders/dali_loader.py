@@ -12,10 +12,10 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
 from threading import Event, Thread, current_thread
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -249,13 +249,16 @@ def pipeline(
     made = Pipeline(batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=1)
     with made:
 
-        def numbers(name: str, kind=types.FLOAT):
+        def numbers(name: str, kind=types.DALIDataType.FLOAT):
             return fn.external_source(name=name, dtype=kind, ndim=1)
 
-        place: dict[str, Any] = {"start": numbers("start", types.INT32), "shape": numbers("shape", types.INT32)}
+        place: dict[str, Any] = {
+            "start": numbers("start", types.DALIDataType.INT32),
+            "shape": numbers("shape", types.DALIDataType.INT32),
+        }
         place["axis_names"] = "HW"
         shape: dict[str, Any] = {"layout": "HWC"} if how == "pixels" else {"ndim": 1}
-        content = fn.external_source(name="content", dtype=types.UINT8, no_copy=True, **shape)
+        content = fn.external_source(name="content", dtype=types.DALIDataType.UINT8, no_copy=True, **shape)
         decoder: dict[str, Any] = {}
         if gpu is not None:  # affine would bind its threads to the same few cores in every process
             decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load, "affine": False}
@@ -272,7 +275,9 @@ def pipeline(
         sizes = ["size", "still"] if still else ["size"]
         made.set_outputs(
             *(
-                fn.resize(image, size=numbers(s), **corners, interp_type=types.INTERP_LINEAR, antialias=True)
+                fn.resize(
+                    image, size=numbers(s), **corners, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True
+                )
                 for s in sizes
             )
         )
@@ -291,10 +296,10 @@ def decodable(content: np.ndarray) -> tuple[int, int]:
         head = read_header(file)
         if head.precision == 8 and len(head.components) in (1, 3) and head.adobe != 0:
             return (head.width, head.height) if head.orientation > 4 else (head.height, head.width)
-    if file[:4] == b"\x89PNG" and file[-8:-4] == b"IEND" and file[24:25] == b"\x08":
-        if not any(mark in file for mark in _TURNING):
-            width, height = struct.unpack(">II", file[16:24])
-            return height, width
+    png = file[:4] == b"\x89PNG" and file[-8:-4] == b"IEND" and file[24:25] == b"\x08"
+    if png and not any(mark in file for mark in _TURNING):
+        width, height = struct.unpack(">II", file[16:24])
+        return height, width
     raise ValueError("not a plain JPEG or PNG")
 
 
@@ -345,7 +350,8 @@ def _as_file(image_HWC: np.ndarray) -> np.ndarray:
     return np.concatenate([np.frombuffer(head, dtype=np.uint8), image_HWC.reshape(-1)])
 
 
-class _Sample(NamedTuple):
+@dataclass(frozen=True)
+class _Sample:
     """What DALI is fed for one sample; ``ours``: as pixels that we decoded; ``bad``: those for which it stands in."""
 
     index: int
@@ -353,7 +359,7 @@ class _Sample(NamedTuple):
     height: int
     width: int
     ours: bool = False
-    bad: dict[int, str] = {}  # never written to
+    bad: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

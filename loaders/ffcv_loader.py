@@ -46,7 +46,7 @@ class FfcvLoader(EpochLoader):
         self.workers = workers or len(os.sched_getaffinity(0))
         _need_ffcv()
         self._code: _Code | None = None  # compiled when the first batch is asked for
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None
         self._running: Any = None
 
     def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:
@@ -66,6 +66,8 @@ class FfcvLoader(EpochLoader):
                 if not len(index_B):
                     yield self._empty(epoch, size)
                     continue
+                if self._copied is not None:  # with the next batch FFCV may write into the last one's memory
+                    self._copied.synchronize()
                 flat = _next(running)
                 yield self._made(epoch, index_B, number, size, flat)
         finally:
@@ -105,15 +107,8 @@ class FfcvLoader(EpochLoader):
             for b in failed:
                 index_B[b] = self._mend(epoch, int(index_B[b]), pixels_BSSC[b], still_BRRC[b])
         used = torch.from_numpy(flat[: first + second])
-        if self._stream is None:
-            here = used.clone()  # FFCV writes into its memory again
-        else:
-            with torch.cuda.stream(self._stream):
-                here = used.to(self.device, non_blocking=True)
-            done = self._stream.record_event()
-            torch.cuda.current_stream(self.device).wait_event(done)
-            here.record_stream(torch.cuda.current_stream(self.device))
-            done.synchronize()  # of the copy alone: FFCV may write into its memory again
+        here = used.clone() if self.device.type == "cpu" else self._sent(used)  # out of FFCV's ring
+        self._copied = self._stream.record_event() if self._stream is not None else None
         pixels = here[:first].view(n, size, size, 3).permute(0, 3, 1, 2)
         still = here[first:].view(n, spec.still, spec.still, 3).permute(0, 3, 1, 2) if spec.still else None
         return self._batch_of(pixels, index_B, np.full(n, number), still)

@@ -49,9 +49,8 @@ class TorchLoader(EpochLoader):
             pixels, still, index_B, number_B, bad = item
             for index, why in bad.items():
                 self._skip(index, why)
-            pixels = pixels.to(self.device, non_blocking=True)
-            still = still.to(self.device, non_blocking=True) if self.spec.still else None
-            yield self._batch_of(pixels, index_B.numpy(), number_B.numpy(), still)
+            still = self._sent(still) if self.spec.still else None
+            yield self._batch_of(self._sent(pixels), index_B.numpy(), number_B.numpy(), still)
 
     def close(self) -> None:
         loader, self._loader = self._loader, None
