@@ -1,9 +1,9 @@
 """The ``dali`` loader: NVIDIA DALI decodes, cuts and resizes, on a GPU or on the CPU, in our order and with our views.
 
-DALI draws nothing: with every batch it is fed the boxes, flips and sizes. One thread gathers the files' bytes, keeps DALI a
-few batches ahead and copies what it made into tensors of PyTorch, so that a batch stays valid for as long as it is held.
-The decoder is libjpeg-turbo on the CPU (the same bytes as ours) and nvJPEG on a GPU; DALI's triangle filter differs from
-``resample.py`` in that it repeats the pixels at the box's border.
+DALI draws nothing: with every batch it is fed the boxes, flips and sizes. A thread gathers the files' bytes, keeps DALI a few
+batches ahead and copies what it made into tensors of PyTorch, so that a batch stays valid for as long as it is held. On the
+CPU the decoder gives the same bytes as ours, on a GPU nvJPEG decodes. DALI's triangle filter repeats the pixels at a box's
+border where ``resample.py`` leaves them out, and does not round its weights.
 """
 
 import importlib.metadata
@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, Full, Queue
 from threading import Event, Thread, current_thread
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +28,11 @@ from .datasets.base import Encoded
 from .datasets.beton import Packed
 from .jpeg import read_header
 
-_AHEAD = 3  # batches that DALI works on
-_READY = 2  # batches that wait for the consumer
+_AHEAD, _READY = 3, 2  # batches that DALI works on, and that wait for the consumer
 # fails, or crashes the process, where a GPU decodes a part of a JPEG: github.com/NVIDIA/nvImageCodec/issues/55
 _NO_GPU_CROPS = "0.9.0"
 _TURNING = (b"eXIf", b"exif", b"Orientation")  # PNGs with one of these may have to be turned
-
-How = Literal["whole-image decode", "crop-only decode", "pixels"]
+WHOLE, CROP, PIXELS = "whole-image decode", "crop-only decode", "pixels"  # what DALI does with what it is fed
 
 
 class DaliLoader(EpochLoader):
@@ -59,14 +58,15 @@ class DaliLoader(EpochLoader):
                 f"{spec.stored}, or use the torch loader"
             )
         self._version = _dali_version()
-        self._read, self._packed = read, isinstance(read, Packed)
+        self._read = read
         self.workers = workers or len(os.sched_getaffinity(0))
-        self._hw_decoder_load = hw_decoder_load
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._how = _how(spec, self._stream is not None)
-        self._size_N2 = np.zeros((len(spec.dataset), 2), dtype=np.int32)  # of files once looked into; 0: not yet
-        self._ours: set[int] = set()  # samples that DALI is fed as pixels that we decoded
+        gpu = self._stream.device.index if self._stream else None
+        self._how = _how(spec, gpu)
+        self._new_pipe = partial(pipeline, spec, self._how, self.workers, gpu, hw_decoder_load)
         self._pipe: Any = None
+        self._size_N2 = np.zeros((len(spec.dataset), 2), dtype=np.int32)  # of files that were looked into; else 0
+        self._ours: set[int] = set()  # samples that DALI cannot decode: it is fed the pixels
         self._running: _Background | None = None
 
     def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:
@@ -77,7 +77,7 @@ class DaliLoader(EpochLoader):
             for work, pixels, still in running:
                 for index, why in work.bad.items():
                     self._skip(index, why)
-                if self._stream is not None:  # the copies are done; PyTorch has to know who uses their memory now
+                if self._stream:  # the copies are done; PyTorch has to know which stream uses their memory now
                     for tensor in (pixels, still):
                         if tensor is not None:
                             tensor.record_stream(torch.cuda.current_stream(self._stream.device))
@@ -94,12 +94,12 @@ class DaliLoader(EpochLoader):
         return f"dali {self._version} on {self.device}, {self.workers} threads, {self._how}"
 
     def _batches(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[tuple["_Work", Tensor, Tensor | None]]:
-        """Runs in a thread: the walk's batches, in its order, with DALI at work on the ones that follow."""
+        """Runs in a thread: the walk's batches, in its order, with DALI at work on those that follow."""
         pending: deque[_Work] = deque()
         failed: ValueError | None = None
         try:
             with ThreadPoolExecutor(self.workers, "dali-read") as pool:
-                each = map if self._packed else pool.map  # a packed file's bytes are not touched here
+                each = map if isinstance(self._read, Packed) else pool.map  # a packed file's bytes are not read here
 
                 def gather(asked_B: np.ndarray) -> _Work:
                     return self._work(epoch, asked_B, list(each(self._sample, asked_B.tolist())))
@@ -118,7 +118,7 @@ class DaliLoader(EpochLoader):
                 if failed:
                     raise failed
         finally:
-            if pending:  # DALI still holds batches that nobody wants
+            if pending:  # DALI holds batches that nobody wants any more
                 self._pipe = None
 
     def _sample(self, index: int) -> "_Sample":
@@ -127,28 +127,29 @@ class DaliLoader(EpochLoader):
         Raises:
             ValueError: it cannot be read; see ``read_or_stand_in``.
         """
+        read = self._read
         if index not in self._ours:
-            if isinstance(self._read, Packed):
-                raw = self._read.raw(index)
-                return _Sample(index, self._read.encoded(index) if raw is None else raw, *self._read.size(index))
+            if isinstance(read, Packed):
+                size, content = read.size(index), read.encoded(index)
+                return _Sample(index, content.reshape(*size, 3) if self._how == PIXELS else content, size)
             try:
-                content = self._read.encoded(index)
+                content = read.encoded(index)
                 if not self._size_N2[index, 0]:
-                    self._size_N2[index] = decodable(content)
-                height, width = self._size_N2[index].tolist()
-                return _Sample(index, content, height, width)
+                    self._size_N2[index] = plain_size(content)
+                return _Sample(index, content, self._size_N2[index])
             except ValueError:
                 self._ours.add(index)
         index, image_HWC, bad = read_or_stand_in(self.spec, index)
-        content = np.ascontiguousarray(image_HWC) if self._how == "pixels" else _as_file(image_HWC)
-        return _Sample(index, content, *image_HWC.shape[:2], ours=True, bad=bad)
+        head = b"P6 %d %d 255\n" % (image_HWC.shape[1], image_HWC.shape[0])  # a PPM file: this line, and pixels
+        content = np.concatenate([np.frombuffer(head, dtype=np.uint8), image_HWC.reshape(-1)])
+        return _Sample(index, content, image_HWC.shape[:2], ours=True, bad=bad)
 
     def _work(self, epoch: int, asked_B: np.ndarray, samples: list["_Sample"]) -> "_Work":
         spec = self.spec
         index_B = np.array([s.index for s in samples], dtype=np.int64)
-        height_B, width_B = (np.array([getattr(s, k) for s in samples], dtype=np.int64) for k in ("height", "width"))
-        view = spec.view(epoch, index_B, height_B, width_B)
-        shape_B2, flip_B2 = view.box_B4[:, 2:], view.flip_B2[:, ::-1]  # both (vertical, horizontal)
+        size_B2 = np.array([s.size for s in samples], dtype=np.int64).reshape(-1, 2)
+        view = spec.view(epoch, index_B, size_B2[:, 0], size_B2[:, 1])
+        shape_B2, flip_B2 = view.box_B4[:, 2:], view.flip_B2[:, ::-1]  # (vertical, horizontal)
         fed = {
             "content": [s.content for s in samples],
             "start": view.box_B4[:, :2].astype(np.int32),
@@ -162,39 +163,27 @@ class DaliLoader(EpochLoader):
         bad = {index: why for s in samples for index, why in s.bad.items()}
         return _Work(asked_B, index_B, view.number_B, fed, [s.ours for s in samples], bad)
 
-    def _new_pipeline(self, batch: int) -> Any:
-        gpu = self._stream.device.index if self._stream is not None else None
-        made = pipeline(
-            self._how,
-            batch,
-            self.workers,
-            gpu,
-            pad=self.spec.plan.crop == "pad",
-            still=self.spec.still > 0,
-            hw_decoder_load=self._hw_decoder_load,
-        )
-        made.build()
-        return made
-
     def _schedule(self, work: "_Work") -> None:
         if len(work.index_B):
             if self._pipe is None:
-                self._pipe = self._new_pipeline(-(-self.spec.batch // self.spec.ranks))
-            _feed(self._pipe, work.fed)
+                self._pipe = self._new_pipe(-(-self.spec.batch // self.spec.ranks))
+            _run(self._pipe, work.fed)
 
     def _collect(
         self, epoch: int, pending: deque["_Work"], gather: Callable[[np.ndarray], "_Work"]
     ) -> tuple["_Work", Tensor, Tensor | None]:
         """Waits for the oldest of the pending batches and removes it."""
-        if not len(pending[0].index_B):  # the rank's part of a small last batch
-            sides = [self.spec.size_at(epoch), self.spec.still] if self.spec.still else [self.spec.size_at(epoch)]
+        if not len(pending[0].index_B):  # a rank's part of a small last batch
+            sides = (self.spec.size_at(epoch), self.spec.still)
             made = [torch.empty(0, s, s, 3, dtype=torch.uint8, device=self.device).permute(0, 3, 1, 2) for s in sides]
         else:
             while True:
                 try:
                     outputs = self._pipe.share_outputs()
                     break
-                except Exception:  # RuntimeError mostly, of the whole batch; the pipeline is "no longer valid" then
+                except (
+                    Exception
+                ):  # RuntimeError mostly, of the batch as a whole; the pipeline is "no longer valid" then
                     self._pipe = None
                     refused = self._refused(pending[0])
                     if not refused:
@@ -211,9 +200,9 @@ class DaliLoader(EpochLoader):
         """Which samples of a batch DALI cannot decode: each is tried alone."""
         refused, alone = set(), None
         for b in np.flatnonzero(~np.array(work.ours_B)):
-            alone = alone or self._new_pipeline(1)
+            alone = alone or self._new_pipe(1)
             try:
-                _feed(alone, {name: values[b : b + 1] for name, values in work.fed.items()})
+                _run(alone, {name: values[b : b + 1] for name, values in work.fed.items()})
                 alone.share_outputs()
                 alone.release_outputs()
             except Exception:
@@ -225,71 +214,60 @@ class DaliLoader(EpochLoader):
         """uint8 [B, 3, S, S], channels_last, of DALI's output on the same device; done when this returns."""
         with torch.cuda.stream(self._stream):
             pixels_BSSC = torch.from_dlpack(output.as_tensor()).clone()
-        if self._stream is not None:
-            self._stream.synchronize()  # DALI may use its memory again
+        if self._stream:
+            self._stream.synchronize()  # DALI may write into its memory again
         return pixels_BSSC.permute(0, 3, 1, 2)
 
 
-def pipeline(
-    how: How, batch: int, threads: int, gpu: int | None, *, pad: bool, still: bool, hw_decoder_load: float
-) -> Any:
-    """DALI's graph, to be built.
+def pipeline(spec: LoaderSpec, how: str, threads: int, gpu: int | None, hw_decoder_load: float, batch: int) -> Any:
+    """DALI's graph for batches of up to ``batch`` samples, built; ``gpu`` is the device's number, None for the CPU.
 
-    Inputs, fed by name, B samples each: ``content``, uint8 [bytes] or [H, W, 3] of ``pixels``; ``start`` and ``shape`` of
-    the boxes, int32 [2]; ``from`` and ``to``, float32 [2], its corners within itself, exchanged where it is mirrored;
-    ``size`` and ``still``, float32 [2], of the outputs. Outputs: uint8 [B, S, S, 3], and [B, R, R, 3] with ``still``.
-
-    Args:
-        gpu: ordinal of the device that decodes and resizes; None for the CPU.
-        pad: boxes may reach beyond the image, which is black there.
+    Inputs, by name, B samples each: ``content``, uint8 [bytes], or [H, W, 3] of ``PIXELS``; ``start`` and ``shape`` of the
+    boxes, int32 [2]; ``from`` and ``to``, float32 [2], its corners within itself, exchanged where it is mirrored; ``size``
+    and ``still``, float32 [2], of the outputs. Outputs: uint8 [B, S, S, 3], and [B, R, R, 3] with ``spec.still``.
     """
-    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali import Pipeline
 
-    # a queue of 1: how far it is ahead is up to who schedules its runs
+    # a queue of 1: how far DALI is ahead is up to who schedules its runs
     made = Pipeline(batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=1)
     with made:
-
-        def numbers(name: str, kind=types.DALIDataType.FLOAT):
-            return fn.external_source(name=name, dtype=kind, ndim=1)
-
-        place: dict[str, Any] = {
-            "start": numbers("start", types.DALIDataType.INT32),
-            "shape": numbers("shape", types.DALIDataType.INT32),
-        }
-        place["axis_names"] = "HW"
-        shape: dict[str, Any] = {"layout": "HWC"} if how == "pixels" else {"ndim": 1}
-        content = fn.external_source(name="content", dtype=types.DALIDataType.UINT8, no_copy=True, **shape)
-        decoder: dict[str, Any] = {}
-        if gpu is not None:  # affine would bind its threads to the same few cores in every process
-            decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load, "affine": False}
-        outside = "pad" if pad else "error"
-        if how == "pixels":
-            image = fn.slice(content, **place, out_of_bounds_policy=outside, fill_values=0)
-            image = image if gpu is None else image.gpu()
-        elif how == "crop-only decode":
-            image = fn.decoders.image_slice(content, **place, **decoder)
-        else:
-            whole = fn.decoders.image(content, **decoder)
-            image = fn.slice(whole, **place, out_of_bounds_policy=outside, fill_values=0)
-        corners = {"roi_start": numbers("from"), "roi_end": numbers("to")}
-        sizes = ["size", "still"] if still else ["size"]
-        made.set_outputs(
-            *(
-                fn.resize(
-                    image, size=numbers(s), **corners, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True
-                )
-                for s in sizes
-            )
-        )
+        made.set_outputs(*graph(spec, how, gpu, hw_decoder_load))
+    made.build()
     return made
 
 
-def decodable(content: np.ndarray) -> tuple[int, int]:
+def graph(spec: LoaderSpec, how: str, gpu: int | None, hw_decoder_load: float) -> list:
+    """The outputs of :func:`pipeline`, as nodes of DALI's current pipeline."""
+    from nvidia.dali import fn, types
+
+    def numbers(name: str, kind=types.DALIDataType.FLOAT):
+        return fn.external_source(name=name, dtype=kind, ndim=1)
+
+    start, shape = (numbers(name, types.DALIDataType.INT32) for name in ("start", "shape"))
+    axes: dict[str, Any] = {"layout": "HWC"} if how == PIXELS else {"ndim": 1}
+    image = fn.external_source(name="content", dtype=types.DALIDataType.UINT8, no_copy=True, **axes)
+    decoder: dict[str, Any] = {}
+    if gpu is not None:  # affine would bind the decoders' threads of several processes to the same cores
+        decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load, "affine": False}
+    if how == CROP:
+        image = fn.decoders.image_slice(image, start=start, shape=shape, axis_names="HW", **decoder)
+    else:
+        image = fn.decoders.image(image, **decoder) if how == WHOLE else image
+        outside = "pad" if spec.plan.crop == "pad" else "error"  # "pad": with 0
+        image = fn.slice(image, start=start, shape=shape, axis_names="HW", out_of_bounds_policy=outside)
+    if gpu is not None and how == PIXELS:
+        image = image.gpu()
+    how_to: dict[str, Any] = {"roi_start": numbers("from"), "roi_end": numbers("to")}
+    how_to |= {"interp_type": types.DALIInterpType.INTERP_LINEAR, "antialias": True}  # the triangle filter
+    return [fn.resize(image, size=numbers(s), **how_to) for s in ["size"] + ["still"] * bool(spec.still)]
+
+
+def plain_size(content: np.ndarray) -> tuple[int, int]:
     """(height, width), upright, of a file that DALI decodes to the same pixels as ``decode``, from its header and end.
 
     Raises:
         ValueError: it may not, and is left to ``decode``: anything but whole JPEGs of 8 bits in grey or YCbCr and whole PNGs
-            of 8 bits. (DALI rounds 16 bits, and shows the rest of a JPEG that was cut off.)
+            of 8 bits. (DALI rounds 16 bits to 8, and takes a JPEG that was cut off for a whole one.)
     """
     file = content.tobytes()
     if file[:2] == b"\xff\xd8" and file[-2:] == b"\xff\xd9":
@@ -305,12 +283,8 @@ def decodable(content: np.ndarray) -> tuple[int, int]:
 
 def gpu_decodes_crops() -> bool:
     """Whether the nvImageCodec that is installed decodes a part of a JPEG on a GPU."""
-    versions = []
-    for package in ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"):
-        try:
-            versions.append(importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    versions = [v for name, v in installed.items() if name in ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13")]
     return bool(versions) and not any(f"{v}.".startswith(f"{_NO_GPU_CROPS}.") for v in versions)
 
 
@@ -324,30 +298,24 @@ def _dali_version() -> str:
     return nvidia.dali.__version__
 
 
-def _how(spec: LoaderSpec, gpu: bool) -> How:
+def _how(spec: LoaderSpec, gpu: int | None) -> str:
     if isinstance(spec.dataset.read, Packed):
         raw_N = spec.dataset.read.raw_N[spec.index_N]
         if raw_N.all():
-            return "pixels"
+            return PIXELS
         if raw_N.any():
             raise ValueError(
                 f"data.loader: dali takes JPEGs or pixels, and {spec.dataset.name} holds {(~raw_N).sum()} samples as "
                 f"JPEGs and {raw_N.sum()} as pixels: use the torch loader"
             )
-    inside = spec.plan.crop != "pad"
-    return "crop-only decode" if inside and (not gpu or gpu_decodes_crops()) else "whole-image decode"
+    inside = spec.plan.crop != "pad"  # no part of a decoded crop can be outside the image
+    return CROP if inside and (gpu is None or gpu_decodes_crops()) else WHOLE
 
 
-def _feed(pipe: Any, fed: dict[str, Any]) -> None:
+def _run(pipe: Any, fed: dict[str, Any]) -> None:
     for name, values in fed.items():
         pipe.feed_input(name, values)
     pipe.schedule_run()
-
-
-def _as_file(image_HWC: np.ndarray) -> np.ndarray:
-    """A PPM file: pixels behind a line of text."""
-    head = b"P6 %d %d 255\n" % (image_HWC.shape[1], image_HWC.shape[0])
-    return np.concatenate([np.frombuffer(head, dtype=np.uint8), image_HWC.reshape(-1)])
 
 
 @dataclass(frozen=True)
@@ -356,15 +324,14 @@ class _Sample:
 
     index: int
     content: np.ndarray
-    height: int
-    width: int
+    size: Any  # height, width
     ours: bool = False
     bad: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """One batch, and what DALI is fed for it; to be kept until DALI is done, which does not copy ``content``."""
+    """One batch, and what DALI is fed for it; kept until DALI is done, which does not copy ``content``."""
 
     asked_B: np.ndarray
     index_B: np.ndarray
@@ -386,39 +353,35 @@ class _Background:
     def _run(self, items: Any) -> None:
         try:
             for item in items:
-                if not self._put((item, None)):
+                self._put(item)
+                if self._ended.is_set():
                     break
-            self._put((None, None))
+            self._put(None)
         except BaseException as error:  # raised where the items are used
-            self._put((None, error))
+            self._put(error)
         finally:
             items.close()
 
-    def _put(self, entry: tuple) -> bool:
+    def _put(self, item: Any) -> None:
         while not self._ended.is_set():
             try:
-                self._queue.put(entry, timeout=0.1)
-                return True
+                return self._queue.put(item, timeout=0.1)
             except Full:
                 pass
-        return False
 
     def __iter__(self) -> Iterator:
-        while True:
-            item, error = self._queue.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
             yield item
 
     def end(self) -> None:
         """Stops the thread and waits for it; who still iterates gets an error."""
         self._ended.set()
-        if self._thread is not current_thread():  # an iterator left to the garbage collector is ended in any thread
+        if self._thread is not current_thread():  # an iterator that was dropped is ended by the garbage collector
             self._thread.join()
         try:
             while True:
                 self._queue.get_nowait()
         except Empty:
-            self._queue.put((None, RuntimeError("the loader was closed, or began to iterate anew")))
+            self._queue.put(RuntimeError("the loader was closed, or began to iterate anew"))

@@ -19,7 +19,7 @@ from .datasets.beton import Packed
 from .show import load_libjpeg
 
 _AHEAD = 3  # batches ready before they are asked for
-_CHUNK = 1 << 16  # samples whose views are computed at once
+_CHUNK = 1 << 12  # samples whose views are computed at once
 # columns of the table: index in the file, top, left, height, width, flips, and which row of its batch it is
 _INDEX, _BOX, _FLIP_X, _FLIP_Y, _ROW, _SIZE, _COLUMNS = 0, 1, 5, 6, 7, 8, 9
 
@@ -56,16 +56,19 @@ class FfcvLoader(EpochLoader):
         if not full:
             yield from (self._empty(epoch, size) for _ in parts)
             return
-        table = self._table(epoch, full, size)
+        table = np.empty((sum(map(len, full)), _COLUMNS), dtype=np.int32)
+        filled = self._fill(table, epoch, full, size, 0)
         number = spec.view(epoch, full[0][:1], 1, 1).number_B[0]
         self.close()
         self._code = self._code or _Code(spec, self._read, self.workers)
         running = self._running = self._code.begin(table, len(full[0]))
         try:
-            for index_B in parts:
+            for b, index_B in enumerate(parts):
                 if not len(index_B):
                     yield self._empty(epoch, size)
                     continue
+                if filled < min(b + _AHEAD + 4, len(full)):  # before FFCV's thread comes there
+                    filled = self._fill(table, epoch, full, size, filled)
                 if self._copied is not None:  # with the next batch FFCV may write into the last one's memory
                     self._copied.synchronize()
                 flat = _next(running)
@@ -73,28 +76,28 @@ class FfcvLoader(EpochLoader):
         finally:
             self.close()
 
-    def _table(self, epoch: int, parts: list[np.ndarray], size: int) -> np.ndarray:
-        """int32 [N, columns]: the rest of the epoch; within a batch in an order that fills threads alike."""
-        index_N = np.concatenate(parts)
-        file = self._read.file
-        table = np.empty((len(index_N), _COLUMNS), dtype=np.int32)
-        for at in range(0, len(index_N), _CHUNK):
-            index = index_N[at : at + _CHUNK]
-            view = self.spec.view(epoch, index, file.height_N[index], file.width_N[index])
-            table[at : at + _CHUNK, _INDEX] = index
-            table[at : at + _CHUNK, _BOX:_FLIP_X] = view.box_B4
-            table[at : at + _CHUNK, _FLIP_X:_ROW] = view.flip_B2
-        table[:, _SIZE] = size
-        batch = len(parts[0])
+    def _fill(self, table: np.ndarray, epoch: int, parts: list[np.ndarray], size: int, begin: int) -> int:
+        """Writes the rows of some batches from number ``begin`` on; returns the number of the next to be written.
+
+        Within a batch they stand in an order that fills the threads alike.
+        """
+        batch, file = len(parts[0]), self._read.file
+        end = min(begin + max(_CHUNK // batch, _AHEAD + 4), len(parts))
+        index = np.concatenate(parts[begin:end])
+        view = self.spec.view(epoch, index, file.height_N[index], file.width_N[index])
         # what a sample costs: the data down to its box's end, and the pixels of the box
-        down = np.clip(table[:, _BOX] + table[:, _BOX + 2], 1, None) / file.height_N[index_N]
-        cost = file.size_N[index_N] * np.minimum(down, 1) + 0.1 * table[:, _BOX + 2] * table[:, _BOX + 3]
-        for at in range(0, len(table), batch):
-            rows = np.arange(min(batch, len(table) - at))
-            dealt = _deal(np.argsort(-cost[at : at + batch], kind="stable"), self.workers)
-            table[at : at + batch] = table[at + dealt]
-            table[at : at + batch, _ROW] = rows[dealt]
-        return table
+        top, height, width = view.box_B4[:, 0], view.box_B4[:, 2], view.box_B4[:, 3]
+        down = np.clip((top + height) / file.height_N[index], 0, 1)
+        cost = file.size_N[index] * down + 0.1 * height * width
+        number = np.arange(len(index)) // batch
+        dealt = _deal(np.lexsort((-cost, number)), batch, self.workers)
+        rows = table[begin * batch : begin * batch + len(index)]
+        rows[:, _INDEX] = index[dealt]
+        rows[:, _BOX:_FLIP_X] = view.box_B4[dealt]
+        rows[:, _FLIP_X:_ROW] = view.flip_B2[dealt]
+        rows[:, _ROW] = dealt - number * batch
+        rows[:, _SIZE] = size
+        return end
 
     def _made(self, epoch: int, index_B: np.ndarray, number: int, size: int, flat: np.ndarray) -> Batch:
         spec, n = self.spec, len(index_B)
@@ -149,24 +152,12 @@ class FfcvLoader(EpochLoader):
         return f"ffcv {ffcv.__version__}, {how}, {self.workers} threads, {self._read.file.path} to {self.device}"
 
 
-def _deal(order_B: np.ndarray, hands: int) -> np.ndarray:
-    """Deals samples, dearest first, to threads that take equal parts of a batch one behind the other."""
-    n = len(order_B)
-    sizes = [n * (h + 1) // hands - n * h // hands for h in range(hands)]
-    dealt: list[list[int]] = [[] for _ in range(hands)]
-    h, step = 0, 1
-    for sample in order_B.tolist():
-        while len(dealt[h]) == sizes[h] or not 0 <= h < hands:
-            h += step
-            if not 0 <= h < hands:
-                step = -step
-                h += step
-        dealt[h].append(sample)
-        h += step
-        if not 0 <= h < hands:
-            step = -step
-            h += step
-    return np.array([s for hand in dealt for s in hand])
+def _deal(sorted_N: np.ndarray, batch: int, hands: int) -> np.ndarray:
+    """Deals each batch's samples, dearest first, to threads that take equal parts of it one behind the other: int64 [N]."""
+    at = np.arange(len(sorted_N)) % batch
+    turn, place = at // hands, at % hands
+    hand = np.where(turn % 2, hands - 1 - place, place)
+    return sorted_N[np.lexsort((hand, np.arange(len(sorted_N)) // batch))]
 
 
 def _next(running) -> np.ndarray:
