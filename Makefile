@@ -12,6 +12,8 @@ PY ?= $(abspath $(VENV)/bin/python)
 SETUP := pyproject.toml setup.py scripts/venv.sh
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# a packed set for the loaders' benchmark on a GPU: make gpu DATA=FILE.beton
+DATA ?=
 # what benchmarks and GPU tests leave
 OUT ?= build/gpu
 # not from the root: there Python would find the folder fasttrain/ instead of the package as setup.py maps it
@@ -50,6 +52,7 @@ gpu:
 	$(ON_GPU) pytest -m gpu --junitxml=$(abspath $(OUT))/gpu-tests.xml
 	$(ON_GPU) pytest tests/kernels --ignore tests/kernels/test_resources.py --junitxml=$(abspath $(OUT))/kernel-tests.xml
 	$(ON_GPU) fasttrain bench kernels --batch 512,8192 --json $(abspath $(OUT))/kernels.json
+	$(if $(DATA),$(ON_GPU) fasttrain bench loaders --data $(abspath $(DATA)) --size 224 --batch 256 --json $(abspath $(OUT))/loaders.json)
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

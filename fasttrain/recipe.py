@@ -366,7 +366,7 @@ def _check(r: Recipe) -> None:
             f"data.grow_from, data.grow_epochs: {r.data.grow_from} and {grow} are not a side below data.size "
             f"({r.data.size}) and two epochs, the first before the second"
         )
-    if r.data.grow_from and r.data.views and r.transfer.recall and not r.transfer.still:
+    if r.data.grow_from and r.sources and r.data.views and r.transfer.recall and not r.transfer.still:
         raise ValueError("data.grow_from: recalled sources need transfer.still, a size that does not grow")
     if any(not s.name or not s.model for s in r.sources):
         raise ValueError("sources: each needs a name and a model")
