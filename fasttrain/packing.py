@@ -33,7 +33,7 @@ def main(given: list[str]) -> int:
     Raises:
         ValueError: a mistake in the arguments, or what packing raises.
     """
-    reader = argparse.ArgumentParser(prog="fasttrain pack", add_help=False, exit_on_error=False)
+    reader = argparse.ArgumentParser(prog="fasttrain pack", add_help=False, exit_on_error=False, allow_abbrev=False)
     reader.add_argument("dataset", nargs="?")
     for name in ("--root", "--out", "--check"):
         reader.add_argument(name)
@@ -49,11 +49,15 @@ def main(given: list[str]) -> int:
         raise ValueError(f"pack: what is {unknown[0]!r}? See `fasttrain pack -h`")
     if asked.check:
         about = check(Path(asked.check))
-        print(f"{asked.check} is as it was packed: {about['samples']} samples, SHA-256 {about['sha256']}")
+        said = f"{asked.check} is as it was packed: {about['samples']} samples, SHA-256 {about['sha256']}"
+        print(json.dumps(about) if asked.json else said)
         return 0
     if asked.dataset is None or asked.out is None:
         raise ValueError(f"pack needs a data set ({', '.join(sorted(DATASETS))}) and --out FILE")
-    dataset = open_dataset(asked.dataset, asked.root)
+    try:
+        dataset = open_dataset(asked.dataset, asked.root)
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.root", "--root")) from None
     about = _with_progress(dataset, Path(asked.out), asked)
     print(json.dumps(about) if asked.json else _sentence(about, asked.out))
     return 0

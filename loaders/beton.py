@@ -83,6 +83,8 @@ def read_beton(path: Path) -> Beton:
             count, n = int(header["fields"]), int(header["samples"])
             if header["version"] != 2 or not 1 <= count <= 64:
                 raise ValueError("it is no .beton of version 2")
+            if not n:
+                raise ValueError("it holds no samples")
             more = file.read(FIELD.itemsize * count)
             if len(more) < FIELD.itemsize * count:
                 raise ValueError("it is cut off in its header")
@@ -110,10 +112,12 @@ def read_beton(path: Path) -> Beton:
         raise ValueError(f"cannot read {path}: {reason}") from error
     raw_N = image_N["mode"] == RAW
     height_N, width_N = (image_N[k].astype(np.int64) for k in ("height", "width"))
-    wrong = np.flatnonzero(raw_N & (size_N != height_N * width_N * 3) | (image_N["mode"] > RAW))
+    wrong = np.flatnonzero(
+        raw_N & (size_N != height_N * width_N * 3) | (image_N["mode"] > RAW) | (height_N * width_N == 0)
+    )
     if len(wrong):
         raise ValueError(f"cannot read {path}: sample {wrong[0]} is neither a JPEG nor raw pixels of its size")
-    sha256 = hashlib.sha256(more + body).hexdigest()
+    sha256 = hashlib.sha256(head + more + body).hexdigest()
     names = tuple(f["name"].tobytes().partition(b"\0")[0].decode("ascii", "replace") for f in fields)
     mode_N = image_N["mode"].copy()
     return Beton(path, mode_N, height_N, width_N, ptr_N, size_N, targets_N, sha256, names, names[images[0]])
@@ -124,10 +128,10 @@ def _sizes(ptr_N: np.ndarray, table: np.ndarray, end: int) -> np.ndarray:
     by_place = np.argsort(table["ptr"], kind="stable")
     places = table["ptr"][by_place].astype(np.int64)
     at = np.searchsorted(places, ptr_N).clip(0, max(len(places) - 1, 0))
-    if len(ptr_N) and (not len(places) or (places[at] != ptr_N).any()):
+    if not len(places) or (places[at] != ptr_N).any():
         raise ValueError("its table of allocations does not fit its records")
-    size_N = table["size"][by_place].astype(np.int64)[at] if len(ptr_N) else np.zeros(0, dtype=np.int64)
-    if (ptr_N < HEADER.itemsize).any() or (size_N < 0).any() or (ptr_N + size_N > end).any():
+    size_N = table["size"][by_place].astype(np.int64)[at]
+    if (ptr_N < HEADER.itemsize).any() or (size_N < 0).any() or (size_N > end - ptr_N).any():  # a sum might overflow
         raise ValueError("it is cut off, or its table of allocations is damaged")
     return size_N
 
@@ -141,11 +145,13 @@ def _vectors(path: Path, ptr_N: np.ndarray, arguments: np.ndarray, table: np.nda
         raise ValueError(
             f"its labels are arrays {described.decode(errors='replace')} of shape {shape}, not float32 [C]"
         )
-    if (_sizes(ptr_N, table, end) != 4 * shape[0]).any():
+    if (_sizes(ptr_N, table, end) != 4 * shape[0]).any() or 4 * shape[0] * len(ptr_N) > end:
         raise ValueError("its labels' sizes do not fit their shape")
     data = np.memmap(path, dtype=np.uint8, mode="r")
-    at_NC = ptr_N[:, None] + np.arange(4 * shape[0])
-    return data[at_NC].view("<f4").astype(np.float32)
+    out_NC = np.empty((len(ptr_N), 4 * shape[0]), dtype=np.uint8)
+    for row, ptr in zip(out_NC, ptr_N.tolist(), strict=True):
+        row[:] = data[ptr : ptr + len(row)]
+    return out_NC.view("<f4").astype(np.float32)
 
 
 class BetonWriter:
@@ -155,7 +161,7 @@ class BetonWriter:
         path: the file to write; made, or continued from ``at``.
         samples: how many there will be at most.
         vector: classes of a multi-label data set; 0 where labels are class indices.
-        page: bytes a page, a power of 2 of at least 2 MiB; a sample has to fit into one.
+        page: bytes a page, a power of 2 of at least 2 MiB; doubled when a sample does not fit into one.
         at: end of what is there already, in bytes; 0 to begin.
     """
 
@@ -167,7 +173,7 @@ class BetonWriter:
         self._head = HEADER.itemsize + 2 * FIELD.itemsize
         first = -(-(self._head + samples * self._kind.itemsize) // page) * page
         self._file = open(path, "r+b" if at else "wb")
-        self.at = max(at, first)
+        self.at = at or first
         self._file.truncate(self.at)
         self._file.seek(self.at)
 
@@ -175,11 +181,10 @@ class BetonWriter:
         """Appends what belongs to one sample; returns its parts' places.
 
         Raises:
-            ValueError: it is larger than a page.
+            ValueError: it is larger than the largest page.
         """
         size = sum(map(len, parts))
-        if size > self.page:
-            raise ValueError(f"{size} bytes do not fit into a page of {self.page}")
+        self.page = page_for(size, self.page)  # what is there does not cross the larger pages' ends either
         left = self.page - self.at % self.page
         if size > left:
             self._file.write(bytes(left))
@@ -241,6 +246,15 @@ class BetonWriter:
             arguments = about.tobytes() + described
             fields[1]["arguments"][: len(arguments)] = np.frombuffer(arguments, np.uint8)
         return fields
+
+
+def page_for(size: int, page: int) -> int:
+    """Bytes of a page into which a sample of ``size`` bytes fits: ``page``, or that doubled as often as needed."""
+    while page < size:
+        page *= 2
+    if page >= 1 << 32:
+        raise ValueError(f"{size} bytes do not fit into a page of 2 GiB")
+    return page
 
 
 def new_images(n: int) -> np.ndarray:

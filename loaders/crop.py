@@ -42,7 +42,8 @@ def weights(start, length, extent, size, flip, first_S, count_S, weight_ST):
     """
     scale = length / size
     support = max(scale, 1.0)
-    low, high = np.int64(np.ceil(start)), np.int64(np.ceil(start + length))
+    end = start + length
+    low, high = np.int64(np.floor(start)), np.int64(np.ceil(end))
     most = 0
     for s in range(size):
         centre = start + (s + 0.5) * scale
@@ -52,7 +53,8 @@ def weights(start, length, extent, size, flip, first_S, count_S, weight_ST):
         total, n, begin = 0.0, 0, a
         to = size - 1 - s if flip else s
         for p in range(a, b):
-            w = 1 - abs(p + 0.5 - centre) / support
+            left, right = max(float(p), start), min(p + 1.0, end)  # of the pixel, what lies in the box
+            w = (1 - abs((left + right) / 2 - centre) / support) * (right - left)
             if w <= 0:
                 if n:
                     break

@@ -174,8 +174,9 @@ class DaliLoader(EpochLoader):
     ) -> tuple["_Work", Tensor, Tensor | None]:
         """Waits for the oldest of the pending batches and removes it."""
         if not len(pending[0].index_B):  # a rank's part of a small last batch
+            device = self._stream.device if self._stream else "cpu"
             sides = (self.spec.size_at(epoch), self.spec.still)
-            made = [torch.empty(0, s, s, 3, dtype=torch.uint8, device=self.device).permute(0, 3, 1, 2) for s in sides]
+            made = [torch.empty(0, s, s, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2) for s in sides]
         else:
             while True:
                 try:

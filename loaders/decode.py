@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .jpeg import read_header
+from .jpeg import Header, read_header
 
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_SOI = b"\xff\xd8"
 
 
 def decode(content: np.ndarray | bytes, name: str) -> np.ndarray:
@@ -24,19 +25,17 @@ def decode(content: np.ndarray | bytes, name: str) -> np.ndarray:
         ValueError: damaged or no image; names it by ``name``.
     """
     try:
-        if bytes(content[:2]) == b"\xff\xd8":
-            head = read_header(bytes(content))
-            if head.orientation == 1 and head.precision == 8 and len(head.components) in (1, 3):
-                image_HWC = _jpeg(content)
-                if image_HWC is not None:
-                    return image_HWC
+        if bytes(content[:2]) == _SOI and is_plain(read_header(bytes(content))):
+            image_HWC = _jpeg(content)
+            if image_HWC is not None:
+                return image_HWC
         with Image.open(io.BytesIO(bytes(content))) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        raise ValueError(f"cannot read the image {name}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"cannot read the image {name}: {_why(error)}") from error
 
 
 def image_size(content: np.ndarray | bytes, name: str) -> tuple[int, int]:
@@ -46,12 +45,19 @@ def image_size(content: np.ndarray | bytes, name: str) -> tuple[int, int]:
         ValueError: no image; names it by ``name``.
     """
     try:
+        if bytes(content[:2]) == _SOI and is_plain(head := read_header(bytes(content))):
+            return head.height, head.width  # Pillow's own would look for an orientation in XMP, too
         with Image.open(io.BytesIO(bytes(content))) as file:
             width, height = file.size
             turned = file.getexif().get(0x0112, 1) in _TURNED
             return (width, height) if turned else (height, width)
     except Exception as error:
-        raise ValueError(f"cannot read the image {name}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"cannot read the image {name}: {_why(error)}") from error
+
+
+def is_plain(head: Header) -> bool:
+    """Whether a JPEG is decoded as it is: 8 bits, grey or of three components, upright."""
+    return head.orientation == 1 and head.precision == 8 and len(head.components) in (1, 3)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -73,6 +79,13 @@ def read_bytes(path: Path) -> np.ndarray:
         return np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise ValueError(f"cannot read the image {path}: {error.strerror or error}") from error
+
+
+def _why(error: Exception) -> str:
+    """What a decoder said, in one line."""
+    if isinstance(error, UnidentifiedImageError):  # names an object in memory
+        return "it is no image of a known kind"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _jpeg(content: np.ndarray | bytes) -> np.ndarray | None:

@@ -5,6 +5,7 @@ decoder shows them (``show.py``). So nothing is drawn in a worker, and a positio
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from queue import Empty
 from typing import Any
@@ -47,6 +48,7 @@ class FfcvLoader(EpochLoader):
         _need_ffcv()
         self._code: _Code | None = None  # compiled when the first batch is asked for
         self._copied: torch.cuda.Event | None = None
+        self._memory = _Memory()
         self._running: Any = None
 
     def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:
@@ -60,6 +62,8 @@ class FfcvLoader(EpochLoader):
         filled = self._fill(table, epoch, full, size, 0)
         number = spec.view(epoch, full[0][:1], 1, 1).number_B[0]
         self.close()
+        if self._copied is not None:  # out of memory that FFCV's next thread writes into
+            self._copied.synchronize()
         self._code = self._code or _Code(spec, self._read, self.workers)
         running = self._running = self._code.begin(table, len(full[0]))
         try:
@@ -74,7 +78,7 @@ class FfcvLoader(EpochLoader):
                 flat = _next(running)
                 yield self._made(epoch, index_B, number, size, flat)
         finally:
-            self.close()
+            _end(running)  # not what another iteration may have begun meanwhile
 
     def _fill(self, table: np.ndarray, epoch: int, parts: list[np.ndarray], size: int, begin: int) -> int:
         """Writes the rows of some batches from number ``begin`` on; returns the number of the next to be written.
@@ -110,7 +114,7 @@ class FfcvLoader(EpochLoader):
             for b in failed:
                 index_B[b] = self._mend(epoch, int(index_B[b]), pixels_BSSC[b], still_BRRC[b])
         used = torch.from_numpy(flat[: first + second])
-        here = used.clone() if self.device.type == "cpu" else self._sent(used)  # out of FFCV's ring
+        here = self._memory.copy_of(used) if self.device.type == "cpu" else self._sent(used)  # out of FFCV's ring
         self._copied = self._stream.record_event() if self._stream is not None else None
         pixels = here[:first].view(n, size, size, 3).permute(0, 3, 1, 2)
         still = here[first:].view(n, spec.still, spec.still, 3).permute(0, 3, 1, 2) if spec.still else None
@@ -139,17 +143,31 @@ class FfcvLoader(EpochLoader):
     def close(self) -> None:
         running, self._running = self._running, None
         if running is not None:
-            running.close()
-            while running.is_alive():  # it may wait for room
-                while not running.output_queue.empty():
-                    running.output_queue.get_nowait()
-                running.join(0.05)
+            _end(running)
 
     def describe(self) -> str:
         import ffcv
 
         how = "jpeg" if not self._read.raw_N.any() else "raw" if self._read.raw_N.all() else "jpeg and raw"
         return f"ffcv {ffcv.__version__}, {how}, {self.workers} threads, {self._read.file.path} to {self.device}"
+
+
+class _Memory:
+    """Memory of batches on the CPU, used again when nobody holds the batch any more: no new pages, no fragments."""
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+
+    def copy_of(self, bytes_: torch.Tensor) -> torch.Tensor:
+        """uint8 [n] with the same content, valid as long as it is held."""
+        for array in self._arrays:
+            # held by the list, by this loop and by the call itself; by its tensor, too, if that is alive
+            if len(array) >= len(bytes_) and sys.getrefcount(array) == 3:
+                break
+        else:
+            array = np.empty(len(bytes_), dtype=np.uint8)
+            self._arrays = [a for a in self._arrays if len(a) >= len(bytes_)] + [array]
+        return torch.from_numpy(array)[: len(bytes_)].copy_(bytes_)
 
 
 def _deal(sorted_N: np.ndarray, batch: int, hands: int) -> np.ndarray:
@@ -160,15 +178,27 @@ def _deal(sorted_N: np.ndarray, batch: int, hands: int) -> np.ndarray:
     return sorted_N[np.lexsort((hand, np.arange(len(sorted_N)) // batch))]
 
 
+def _end(running) -> None:
+    """Stops FFCV's thread, waits for it, and leaves nothing of it to who might still ask for a batch."""
+    running.close()
+    alive = True
+    while alive:
+        alive = running.is_alive()
+        while not running.output_queue.empty():  # it may wait for room
+            running.output_queue.get_nowait()
+        running.join(0.05)
+
+
 def _next(running) -> np.ndarray:
     """The next batch of FFCV's thread; an error where that thread has died, in which FFCV itself would wait forever."""
     while True:
+        alive = running.is_alive()  # before it is asked for: a thread may leave its last batch and end
         try:
-            result = running.output_queue.get(timeout=0.5)
+            result = running.output_queue.get(timeout=0.5 if alive else 0)
         except Empty:
-            if running.is_alive():
+            if alive:
                 continue
-            raise RuntimeError("FFCV's thread ended early; its error stands above") from None
+            raise RuntimeError("FFCV's thread ended early; its error, if it had one, stands above") from None
         assert result is not None
         return result[1][0].reshape(-1)
 
@@ -225,6 +255,15 @@ class _Code:
             drop_last=False,
             batches_ahead=_AHEAD,
         )
+        allocate, kept = self._loader.graph.allocate_memory, {}
+
+        def allocate_once(*sizes):  # not anew in every epoch: memory that a GPU reads from is dear to set up
+            if sizes not in kept:
+                kept.clear()
+                kept[sizes] = allocate(*sizes)
+            return kept[sizes]
+
+        self._loader.graph.allocate_memory = allocate_once
 
     def begin(self, table: np.ndarray, batch: int):
         """Starts FFCV's thread over the table's rows."""

@@ -53,8 +53,13 @@ def batch_count(n: int, global_batch: int, drop_last: bool = False) -> int:
 
 
 def rank_part(batch_G: np.ndarray, rank: int, ranks: int) -> np.ndarray:
-    """The part of one global batch that falls to ``rank``: a contiguous slice, sizes differing by one at most."""
-    return batch_G[len(batch_G) * rank // ranks : len(batch_G) * (rank + 1) // ranks]
+    """The part of one global batch that falls to ``rank``: a contiguous slice, sizes differing by one at most.
+
+    The first ranks get what is left over, so that no rank's part of a smaller batch is larger than its part of a full one.
+    """
+    each, over = divmod(len(batch_G), ranks)
+    start = each * rank + min(rank, over)
+    return batch_G[start : start + each + (rank < over)]
 
 
 def batches(

@@ -16,16 +16,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
-from .beton import JPEG, MAX_SIDE, RAW, BetonWriter, new_images, read_beton
+from .beton import JPEG, MAX_SIDE, RAW, BetonWriter, new_images, page_for, read_beton
 from .datasets import Dataset
 from .datasets.base import Encoded
-from .datasets.beton import classes_sha256, compress, side_file
-from .decode import decode
+from .datasets.beton import classes_sha256, compress, read_side_file, side_file
+from .decode import decode, is_plain
 from .jpeg import read_header
 from .resample import centre_square
 from .seekable import damage, seekable
@@ -114,35 +114,29 @@ def pack(
 
     Raises:
         ValueError: ``out`` is there and holds something else, the data set changed since a packing began, the disk is
-            full, a sample is larger than a page, or no sample could be decoded.
+            full, a sample is larger than 2 GiB, or no sample could be decoded.
     """
     options = Options(max_size, square, quality, raw or not isinstance(dataset.read, Encoded), seekable)
+    if workers < 0:
+        raise ValueError(f"--workers: {workers} is below 0")
     made_from = {"source": _fingerprint(dataset), "options": asdict(options)}
     if out.exists():
         return _finished(out, made_from)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial, log = out.with_name(out.name + ".partial"), out.with_name(out.name + ".partial.log")
     bad_file = out.with_name(out.name + ".bad.jsonl")
-    record_N = _resume(partial, log, made_from)
-    if not len(record_N):
-        _check_space(dataset, out, options)
-        log.write_bytes(json.dumps(made_from).encode() + b"\n")
-        bad_file.write_text("")
-    rows = [*record_N]
-    written = record_N[record_N["mode"] != _LEFT_OUT]
-    at = int((written["ptr"] + written["size"]).max()) if len(written) else 0
-    at = max(at, int(written["label"].max()) + 4 * len(dataset.classes)) if dataset.multi_label and len(written) else at
-    lines = bad_file.read_text().splitlines(keepends=True)[: len(rows) - len(written)]
-    bad_file.write_text("".join(lines))
-    done, bad = 0, len(rows) - len(written)
+    vector = len(dataset.classes) if dataset.multi_label else 0
+    done = 0
     try:
-        writer = BetonWriter(
-            partial,
-            samples=len(dataset),
-            vector=len(dataset.classes) if dataset.multi_label else 0,
-            page=_page(dataset, options),
-            at=at,
-        )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        record_N, at = _resume(partial, log, bad_file, made_from, vector)
+        if not len(record_N):
+            _check_space(dataset, out, options)
+            log.write_bytes(json.dumps(made_from).encode() + b"\n")
+            bad_file.write_text("")
+        rows, bad = [*record_N], int((record_N["mode"] == _LEFT_OUT).sum())
+        done = len(rows)
+        page = page_for(int(record_N["size"].max(initial=0)) + 4 * vector, _page(dataset, options))
+        writer = BetonWriter(partial, samples=len(dataset), vector=vector, page=page, at=at)
         try:
             with log.open("ab") as log_to, bad_file.open("a") as bad_to:
                 unsaved: list[np.void] = []
@@ -158,10 +152,9 @@ def pack(
                     unsaved.append(row)
                     if writer.at - mark > _SYNC_BYTES or index + 1 == len(dataset):
                         writer.flush()  # data first, then the note that it is there
-                        bad_to.flush()
+                        _flush(bad_to)
                         log_to.write(b"".join(r.tobytes() for r in unsaved))
-                        log_to.flush()
-                        os.fsync(log_to.fileno())
+                        _flush(log_to)
                         unsaved, mark = [], writer.at
                     bad += packed.content is None
                     if report:
@@ -169,16 +162,16 @@ def pack(
             about = _finish(writer, dataset, np.array(rows, dtype=_RECORD), made_from, partial)
         finally:
             writer.close()
+        _write(side_file(out), json.dumps(about, indent=1).encode())
+        os.replace(partial, out)
+        log.unlink()
+        if not about["bad"]:
+            bad_file.unlink()
     except OSError as error:
         raise ValueError(
-            f"cannot write {partial} (sample {done} of {len(dataset)}): {error.strerror}; the same command goes on from "
-            "what is safely on disk"
+            f"cannot write {partial} (sample {done} of {len(dataset)}): {error.strerror or error}; the same command goes "
+            "on from what is safely on disk"
         ) from error
-    _write(side_file(out), json.dumps(about, indent=1).encode())
-    os.replace(partial, out)
-    log.unlink()
-    if not about["bad"]:
-        bad_file.unlink()
     return about
 
 
@@ -191,7 +184,7 @@ def check(path: Path) -> dict[str, Any]:
     beside = side_file(path)
     if not beside.is_file():
         raise ValueError(f"there is no {beside}: only files made by fasttrain pack have a checksum")
-    about = json.loads(beside.read_text())
+    about = read_side_file(beside)
     read_beton(path)
     found = _sha256(path)
     if found != about["sha256"]:
@@ -210,8 +203,8 @@ def _fingerprint(dataset: Dataset) -> str:
 def _finished(out: Path, made_from: dict) -> dict[str, Any]:
     """What lies beside a file that is there already, if it is what would be made."""
     try:
-        about = json.loads(side_file(out).read_text())
-    except (OSError, ValueError):
+        about = read_side_file(side_file(out))
+    except ValueError:
         raise ValueError(
             f"{out} is there already, and no {side_file(out).name} says what it is: delete it first"
         ) from None
@@ -220,23 +213,29 @@ def _finished(out: Path, made_from: dict) -> dict[str, Any]:
     return about
 
 
-def _resume(partial: Path, log: Path, made_from: dict) -> np.ndarray:
-    """Records of the samples that an earlier packing has safely on disk."""
-    if not (partial.is_file() and log.is_file()):
-        return np.zeros(0, dtype=_RECORD)
+def _resume(partial: Path, log: Path, bad_file: Path, made_from: dict, vector: int) -> tuple[np.ndarray, int]:
+    """Records of the samples that an earlier packing has safely on disk, and where they end; what follows is cut off."""
+    nothing = np.zeros(0, dtype=_RECORD), 0
+    if not (partial.is_file() and log.is_file() and bad_file.is_file()):
+        return nothing
     first, _, rest = log.read_bytes().partition(b"\n")
     try:
         before = json.loads(first)
     except ValueError:
-        return np.zeros(0, dtype=_RECORD)
+        return nothing
     if before != made_from:
         what = "its options" if before.get("source") == made_from["source"] else "the data set"
         raise ValueError(f"{what} changed since the packing into {partial} began: delete that file to begin anew")
     record_N = np.frombuffer(rest[: len(rest) // _RECORD.itemsize * _RECORD.itemsize], _RECORD)
-    whole = len(rest) // _RECORD.itemsize * _RECORD.itemsize + len(first) + 1
-    with log.open("r+b") as file:
-        file.truncate(whole)
-    return record_N
+    written = record_N[record_N["mode"] != _LEFT_OUT]
+    at = int((written["ptr"] + written["size"]).max(initial=0))
+    at = max(at, int(written["label"].max(initial=0)) + 4 * vector) if vector and len(written) else at
+    lines = bad_file.read_bytes().splitlines(keepends=True)[: len(record_N) - len(written)]
+    if partial.stat().st_size < at or len(lines) < len(record_N) - len(written):
+        return nothing
+    os.truncate(log, len(first) + 1 + record_N.nbytes)
+    os.truncate(bad_file, sum(map(len, lines)))
+    return record_N, at
 
 
 def _in_order(dataset: Dataset, options: Options, todo: range, workers: int) -> Iterator[tuple[int, _Packed]]:
@@ -282,7 +281,10 @@ def _encode(dataset: Dataset, options: Options, index: int) -> _Packed:
     if options.raw:
         return _Packed(np.ascontiguousarray(image_HWC).tobytes(), RAW, width, height)
     out = io.BytesIO()
-    Image.fromarray(image_HWC).save(out, "JPEG", quality=options.quality)
+    try:
+        Image.fromarray(image_HWC).save(out, "JPEG", quality=options.quality)
+    except OSError as error:
+        return _Packed(None, why=f"{width} x {height} pixels cannot be encoded: {error}")
     return _Packed(_coded(out.getvalue(), options), JPEG, width, height)
 
 
@@ -298,7 +300,7 @@ def _kept(content: bytes, name: str, options: Options) -> _Packed | None:
         head = read_header(content)
     except ValueError as error:
         raise ValueError(f"cannot read the image {name}: {error}") from None
-    if head.precision != 8 or len(head.components) not in (1, 3) or head.orientation != 1:
+    if not is_plain(head):
         return None
     if options.max_size and max(head.width, head.height) > options.max_size:
         return None
@@ -330,9 +332,9 @@ def _add(writer: BetonWriter, dataset: Dataset, index: int, packed: _Packed) -> 
 
 def _finish(writer: BetonWriter, dataset: Dataset, record_N: np.ndarray, made_from: dict, partial: Path) -> dict:
     """Writes head and table; returns what goes beside the file."""
-    good_N = record_N["mode"] != _LEFT_OUT
+    good_N, bad_file = record_N["mode"] != _LEFT_OUT, partial.with_suffix(".bad.jsonl")
     if not good_N.any():
-        raise ValueError(f"none of the {len(dataset)} samples of {dataset.name} can be decoded; see {partial.parent}")
+        raise ValueError(f"none of the {len(dataset)} samples of {dataset.name} can be decoded; see {bad_file}")
     chosen = record_N[good_N]
     image_N = new_images(len(chosen))
     for name in ("mode", "width", "height", "ptr"):
@@ -360,6 +362,8 @@ def _name(dataset: Dataset, index: int) -> str:
 
 def _page(dataset: Dataset, options: Options) -> int:
     """Bytes a page: 8 MiB as FFCV has it, more where a sample may need it, 2 MiB for a small data set."""
+    sides = [s for s in (options.max_size, options.square) if s]
+    most = 3 * min(sides) ** 2 if sides else 1 << 31
     probe = [int(i) for i in np.linspace(0, len(dataset) - 1, min(len(dataset), 64)).astype(int)]
     largest = 0
     for index in probe:
@@ -370,6 +374,7 @@ def _page(dataset: Dataset, options: Options) -> int:
                 largest = max(largest, dataset.read(index).size)
         except ValueError:
             continue
+    largest = min(largest, most)
     page = 1 << 21 if largest * len(dataset) < 1 << 26 and largest < 1 << 19 else 1 << 23
     while page < 8 * largest and page < 1 << 31:
         page *= 2
@@ -393,11 +398,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _flush(file: IO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _write(path: Path, content: bytes) -> None:
     """A whole file or none."""
     unfinished = path.with_name(path.name + ".partial")
     with unfinished.open("wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        _flush(file)
     os.replace(unfinished, path)

@@ -74,7 +74,8 @@ def _recoded(jpeg: bytes, head: Header) -> tuple[bytes, np.ndarray] | str | None
     ac_in = np.stack([_lookup(*head.huffman[1, a]) for _, a in head.tables])
     dc_out = np.stack([_codes(_DC_COUNTS[min(d, 1)], bytes(range(12))) for d, _ in head.tables])
     data = np.frombuffer(jpeg, dtype=np.uint8)[head.data :]
-    most = len(data) + 3 * int(block_C.sum()) * across * down + 64 * down + 8192  # DC codes may grow, and are stuffed
+    # a DC code grows by 21 bits at most, a row by its marker and filling bits; every byte may come to be stuffed
+    most = 2 * (len(data) + 3 * int(block_C.sum()) * across * down + 3 * down) + 16
     out = np.empty(most, dtype=np.uint8)
     start_R = np.zeros(down + 1, dtype=np.int64)
     size = _recode(data, out, start_R, block_C, dc_in, ac_in, dc_out, across, down, head.restart)
@@ -160,8 +161,6 @@ def _recode(data, out, start_R, block_C, dc_in, ac_in, dc_out, across, down, res
                     to += 2
                     put_C[:] = 0
                 start_R[row] = to
-            if to + 1024 * 4 > len(out):
-                return _DAMAGED
             for c in range(len(block_C)):
                 for _ in range(block_C[c]):
                     k = 0
@@ -215,6 +214,8 @@ def _recode(data, out, start_R, block_C, dc_in, ac_in, dc_out, across, down, res
                                 k += 16
                             else:
                                 k = 64
+                            if k > 64:
+                                return _DAMAGED
     if bits:
         to, held, bits = _put(out, to, held, bits, (1 << (8 - bits)) - 1, 8 - bits)
     start_R[down] = to

@@ -8,13 +8,16 @@ at 1/2, 1/4 or 1/8 (a smaller inverse DCT); otherwise the pixels are those of de
 
 import ctypes
 import ctypes.util
+import zlib
 from functools import lru_cache
+from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
+from . import crop, seekable
 from .crop import cut_into
 from .seekable import TAG
 
@@ -22,6 +25,8 @@ DONE, BAD = 0, 1
 _NAMES = ("libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib")
 _WARNING = 0  # tjGetErrorCode: the picture is whole, but something in the file was odd
 _TAG = np.frombuffer(TAG, dtype=np.uint8)
+# numba keeps compiled code until the function's own file changes: what comes from others has to be a part of its key
+_MADE_OF = zlib.crc32(b"".join(Path(m.__file__).read_bytes() for m in (crop, seekable)))
 _EXTRANEOUS = np.frombuffer(b" extraneous bytes", dtype=np.uint8)
 
 _open = types.ExternalFunction("tjInitDecompress", types.intp())
@@ -52,7 +57,7 @@ def load_libjpeg() -> str:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def show(data, jpeg, height, width, box_4, flip_x, flip_y, out_SSC, still_RRC):
+def show(data, jpeg, height, width, box_4, flip_x, flip_y, out_SSC, still_RRC, _made_of=_MADE_OF):
     """Writes a view of one image, and the same at another size.
 
     Args:
@@ -91,7 +96,8 @@ def show(data, jpeg, height, width, box_4, flip_x, flip_y, out_SSC, still_RRC):
         np.int32(columns_out), np.int32(0), np.int32(rows_out), np.int32(0), np.int32(0),
     )  # fmt: skip
     if failed != 0:
-        failed = not (_error_code(handle) == _WARNING and rows < height and _says_extraneous(_error_text(handle)))
+        follows = rows < height and length == len(data)  # of the image more is there than is wanted
+        failed = not (follows and _error_code(handle) == _WARNING and _says_extraneous(_error_text(handle)))
     _close(handle)
     if failed:
         return BAD
@@ -109,9 +115,11 @@ def show_at():
 
     (data, its length, jpeg, height, width, row of box and flips as int32 [6], S, out, R, still) -> status.
     """
+    made_of = _MADE_OF
 
     @cfunc(types.int64(*[types.intp] * 10), cache=True)
     def call(data, length, jpeg, height, width, row, size, out, still_size, still):
+        assert made_of  # as a closure's variable it is a part of the key
         row_6 = carray(_as_int32(row), 6)
         pixels = carray(_as_bytes(out), (size, size, 3))
         other = carray(_as_bytes(still), (still_size, still_size, 3))
@@ -193,6 +201,8 @@ def _only_rows(data, height, width, first, last):
     if (np.int64(data[frame + 7]) << 8 | data[frame + 8]) != width:
         return nothing, 0, 0, 0
     down = (height + mcu_h - 1) // mcu_h
+    if table and (table + 4 + 4 * (down + 1) > sos or (np.int64(data[table + 3]) << 8 | data[table + 2]) != down):
+        table = 0  # of another picture: of what this one was cut out of, say
     high = min(max((last + mcu_h - 1) // mcu_h, 1), down)
     buffer = np.empty(end + 2, dtype=np.uint8)
     if not sequential:
@@ -200,7 +210,7 @@ def _only_rows(data, height, width, first, last):
         return buffer, end, 0, height
     low = min(max(first // mcu_h, 0), high - 1) if table else 0
     rows = min(high * mcu_h, height) - low * mcu_h
-    if not table or table + 4 + 4 * (down + 1) > sos:
+    if not table:
         buffer[:end] = data
         length = end
     else:
@@ -210,11 +220,14 @@ def _only_rows(data, height, width, first, last):
         if not 0 <= start <= stop <= end - sos:
             return nothing, 0, 0, 0
         buffer[sos : sos + stop - start] = data[sos + start : sos + stop]
-        for row in range(low + 1, high):  # markers count from 0 at the first row that is there
-            place = _word(data, table + 4 + 4 * row) - start
-            if not 2 <= place <= stop - start:
+        for row in range(low, high + 1):
+            place = sos + _word(data, table + 4 + 4 * row)
+            if not sos + start <= place <= end:
                 return nothing, 0, 0, 0
-            buffer[sos + place - 1] = 0xD0 + (row - low - 1) % 8
+            if 0 < row < down and (data[place - 2] != 0xFF or data[place - 1] != 0xD0 + (row - 1) % 8):
+                return nothing, 0, 0, 0
+            if low < row < high:  # markers count from 0 at the first row that is there
+                buffer[place - start - 1] = 0xD0 + (row - low - 1) % 8
         length = sos + stop - start
         buffer[length], buffer[length + 1] = 0xFF, 0xD9
         length += 2

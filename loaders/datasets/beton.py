@@ -11,6 +11,8 @@ from ..beton import RAW, Beton, read_beton
 from ..decode import decode
 from .base import Dataset, Encoded, split_off
 
+_MAX_CLASSES = 100_000  # where nothing names them: a label beyond is no class
+
 
 class Packed(Encoded):
     """Images in a ``.beton``, through a memory map: only what is looked at is read."""
@@ -75,31 +77,32 @@ def beton(root: Path, *, val_share: float, verify: bool = True) -> Dataset:
     Raises:
         ValueError: damaged, cut off, changed since it was packed, or labels beyond the class list.
     """
-    file = read_beton(root)
-    beside = side_file(root)
-    if not beside.is_file():
-        if file.targets_N.ndim == 2:
-            raise ValueError(f"{root} holds label vectors, and there is no {beside.name} that names their classes")
-        classes = tuple(map(str, range(int(file.targets_N.max(initial=-1)) + 1)))
-        rest, test = split_off(file.targets_N, np.arange(len(file)), 0.2, purpose=3)
-        train, val = split_off(file.targets_N[rest], rest, val_share, purpose=2)
-        splits = {"train": train, "val": val, "test": test}
-        name, content = "beton", file.head_sha256
-    else:
-        about = _beside(beside)
+    file, beside = read_beton(root), side_file(root)
+    labels, about = file.targets_N, read_side_file(beside) if beside.is_file() else None
+    if about is not None:
         classes, name, content = tuple(about["classes"]), about["name"], about["sha256"]
         if verify:
             _compare(root, file, about)
-        splits = {k: _expand(v) for k, v in about["splits"].items()}
-        if any(len(v) and v[-1] >= len(file) for v in splits.values()):
-            raise ValueError(f"{beside}: its splits name samples beyond the {len(file)} of {root}")
-    labels = file.targets_N
-    if labels.ndim == 1 and len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+    elif labels.ndim == 2:
+        raise ValueError(f"{root} holds label vectors, and there is no {beside.name} that names their classes")
+    else:
+        classes, name, content = (
+            tuple(map(str, range(min(int(labels.max()) + 1, _MAX_CLASSES)))),
+            "beton",
+            file.head_sha256,
+        )
+    if labels.ndim == 1 and not 0 <= labels.min() <= labels.max() < len(classes):
         raise ValueError(
             f"{root}: labels go from {labels.min()} to {labels.max()}, and there are {len(classes)} classes"
         )
     if labels.ndim == 2 and labels.shape[1] != len(classes):
         raise ValueError(f"{root}: labels are for {labels.shape[1]} classes, and {len(classes)} are named")
+    if about is not None:
+        splits = {k: _expand(v, len(file), f"{beside}: its split {k}") for k, v in about["splits"].items()}
+    else:
+        rest, test = split_off(labels, np.arange(len(file)), 0.2, purpose=3)
+        train, val = split_off(labels[rest], rest, val_share, purpose=2)
+        splits = {"train": train, "val": val, "test": test}
     return Dataset(name, classes, labels, Packed(file), splits, str(root), content=content)
 
 
@@ -109,18 +112,35 @@ def compress(index_M: np.ndarray) -> list[list[int]]:
     return [[int(r[0]), int(r[-1]) + 1] for r in np.split(index_M, breaks) if len(r)]
 
 
-def _expand(runs: list[list[int]]) -> np.ndarray:
-    return np.concatenate([np.arange(a, b) for a, b in runs]) if runs else np.zeros(0, dtype=np.int64)
+def _expand(runs: list[list[int]], samples: int, what: str) -> np.ndarray:
+    try:
+        edge_R2 = np.array(runs, dtype=np.int64).reshape(-1, 2)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{what} is no list of runs [first, behind the last]") from None
+    if edge_R2.min(initial=0) < 0 or edge_R2.max(initial=0) > samples:
+        raise ValueError(f"{what} names samples beyond the {samples} of the file")
+    if (np.diff(edge_R2.ravel()) < 0).any():
+        raise ValueError(f"{what} does not ascend")
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(a, b) for a, b in edge_R2)])
 
 
-def _beside(path: Path) -> dict:
+def read_side_file(path: Path) -> dict:
+    """What ``fasttrain pack`` wrote beside a packed file.
+
+    Raises:
+        ValueError: it is not there, or not what ``fasttrain pack`` writes.
+    """
     try:
         about = json.loads(path.read_text())
-        missing = {"name", "classes", "classes_sha256", "splits", "bytes", "sha256", "head_sha256"} - set(about)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-    if missing:
-        raise ValueError(f"{path} lacks {sorted(missing)}: it was not made by fasttrain pack")
+    kinds = {"name": str, "classes": list, "splits": dict, "samples": int, "bytes": int}
+    kinds |= dict.fromkeys(("classes_sha256", "sha256", "head_sha256"), str)
+    lacks = [k for k, kind in kinds.items() if not isinstance(about, dict) or not isinstance(about.get(k), kind)]
+    if lacks:
+        raise ValueError(f"{path} lacks {', '.join(lacks)}: it was not made by fasttrain pack")
+    if not all(isinstance(c, str) for c in about["classes"]) or set(about["splits"]) != {"train", "val", "test"}:
+        raise ValueError(f"{path}: classes are to be names, and splits train, val and test")
     return about
 
 

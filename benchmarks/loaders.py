@@ -1,0 +1,305 @@
+"""Suite ``loaders``: decoding and random-resized crops of JPEGs, ours and others', in images a second.
+
+    fasttrain bench loaders [--data FOLDER|FILE.beton] [--size 128,224] [--batch 128] [--workers N] [--images 1500]
+                            [--repeats 5] [--rows NAME,NAME] [--memory EPOCHS] [--json FILE]
+
+  --data        class folders of images, all of which are used, or a packed file (others' rows then mostly cannot run);
+                without it photographs that Debian packages ship are made into files like ImageNet's, once
+  --images      how many photographs are made; an epoch should have several batches for each worker, as PyTorch's workers
+                make whole batches
+  --workers     threads or processes of every row; one for each core if not given
+  --rows        of these alone; names as in the table
+  --memory      no timing: every row's epochs one after the other, and this process's resident memory after each
+
+Others' rows (benchmarks/peers.py): ``dataloader (tensor)`` and ``dataloader (pil)``: PyTorch's DataLoader with
+torchvision's transforms; ``plain ffcv``: FFCV's own loader, decoder and transforms; ``dali cpu (plain)``: DALI's pipeline
+as it documents it; ``spdl``: SPDL's threads and FFmpeg's filters; ``bare decode``: libjpeg-turbo on whole images and nothing
+else, which no loader that decodes whole images can beat. Ours: ``torch`` from files, ``ffcv``, ``dali cpu`` and ``dali gpu``
+from the same JPEGs packed, ``ffcv (seekable)`` from JPEGs packed with ``--seekable``; ``synthetic`` decodes nothing.
+
+Every row goes through one epoch that does not count; then, ``--repeats`` times, all rows take turns, one epoch each, the
+first being another one every time. An epoch's time ends when its last batch is there; figures are medians. Whoever
+consumes only looks at the batches' lengths; where there is a GPU, all batches but ``bare decode``'s end there. ``views and
+order`` is what our random numbers cost.
+"""
+
+import argparse
+import gc
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from fasttrain.loaders import Batch, Dataset, LoaderSpec, ViewPlan, open_dataset, open_loader
+from fasttrain.loaders.datasets.beton import Packed
+from fasttrain.loaders.order import batches
+from fasttrain.loaders.pack import pack
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from . import peers, photographs
+from .peers import Peer, Task
+
+CACHE = Path("~/.cache/fasttrain/packed")
+REFERENCES = ("dataloader (tensor)", "plain ffcv", "bare decode")
+VIEWS = "views and order"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The same images in three forms, and which are class folders."""
+
+    folder: Path | None
+    files: Dataset
+    kept: Dataset
+    seekable: Dataset
+
+
+class Ours(Peer):
+    """A loader of ours, all of a data set in random-resized crops."""
+
+    def __init__(self, name: str, dataset: Dataset, task: Task, device: torch.device | None = None) -> None:
+        self.device = task.device
+        self.loader = open_loader(name, spec(dataset, task.size, task.batch), device or task.device, task.workers)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            batch.pixels.to(self.device, non_blocking=True)
+            yield batch
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def spec(dataset: Dataset, size: int, batch: int) -> LoaderSpec:
+    """What all rows of ours load."""
+    plan = ViewPlan(crop="random_resized", flip="horizontal")
+    return LoaderSpec(dataset, np.arange(len(dataset)), plan, size=size, stored=0, batch=batch)
+
+
+def _seekable(data: Data, task: Task) -> Peer:
+    if task.packed.raw_N.any():
+        raise ValueError("the packed file holds pixels, not JPEGs")
+    return Ours("ffcv", data.seekable, task)
+
+
+def _dali_gpu(data: Data, task: Task) -> Peer:
+    if not torch.cuda.is_available():
+        raise ValueError("it needs a GPU")
+    return Ours("dali", data.kept, task)
+
+
+# those that fork first, while there are no threads of others
+ROWS: dict[str, Callable[[Data, Task], Peer]] = {
+    "dataloader (tensor)": lambda data, task: peers.TorchData(task, pil=False),
+    "dataloader (pil)": lambda data, task: peers.TorchData(task, pil=True),
+    "torch": lambda data, task: Ours("torch", data.files, task),
+    "plain ffcv": lambda data, task: peers.PlainFfcv(task),
+    "ffcv": lambda data, task: Ours("ffcv", data.kept, task),
+    "ffcv (seekable)": _seekable,
+    "dali cpu (plain)": lambda data, task: peers.PlainDali(task),
+    "dali cpu": lambda data, task: Ours("dali", data.kept, task, torch.device("cpu")),
+    "dali gpu": _dali_gpu,
+    "spdl": lambda data, task: peers.Spdl(task),
+    "bare decode": lambda data, task: peers.BareDecode(task),
+    "synthetic": lambda data, task: Ours("synthetic", data.kept, task),
+}
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """Measures; prints tables, and returns rows and what could not run.
+
+    Raises:
+        ValueError: arguments that make no sense, or no data.
+    """
+    given = _parsed(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = prepare(given.data, given.images)
+    read = _packed(data.kept)
+    content: dict[str, Any] = {"images": len(data.kept), "mean_bytes": float(read.file.size_N.mean())}
+    content |= {"batch": given.batch, "workers": given.workers, "device": str(device), "rows": [], "not_run": {}}
+    about = f"{len(data.kept)} images of {content['mean_bytes'] / 1000:.0f} KB, {given.workers} workers"
+    if len(data.kept) < 4 * given.batch * given.workers:
+        print("under 4 batches a worker: rows of PyTorch's DataLoader come out too low; see --images", flush=True)
+    for size in given.size:
+        task = Task(data.folder, read, size, given.batch, given.workers, device)
+        title = f"{size} px, batch {given.batch}, {about}, {device}"
+        if given.memory:
+            print(f"resident MiB after each epoch; {title}", flush=True)
+            content["rows"] += _memory(data, task, given.rows, given.memory, content["not_run"])
+            continue
+        rows = _timed(data, task, given.rows, given.repeats, content["not_run"])
+        views = _views(data.kept, task, given.repeats, rows)
+        content["rows"] += rows
+        content.setdefault("views_and_order", []).append(views)
+        _print(title, rows, views)
+    return content
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fasttrain bench loaders", exit_on_error=False, add_help=False)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--size", type=lambda text: [int(part) for part in text.split(",")], default=[128, 224])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--images", type=int, default=1500)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=lambda text: [part.strip() for part in text.split(",")], default=list(ROWS))
+    parser.add_argument("--memory", type=int, default=0)
+    try:
+        given, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"bench loaders: {error}") from None
+    numbers = (*given.size, given.batch, given.workers, given.images, given.repeats)
+    if rest or min(numbers) < 1 or given.memory < 0:
+        raise ValueError(
+            f"bench loaders: {' '.join(rest) or 'numbers must be above 0'}; see `fasttrain bench loaders -h`"
+        )
+    unknown = [name for name in given.rows if name not in ROWS]
+    if unknown:
+        raise ValueError(f"bench loaders: there is no row {unknown[0]!r}; there are {', '.join(ROWS)}")
+    given.rows = [name for name in ROWS if name in given.rows]
+    return given
+
+
+def prepare(data: Path | None, images: int) -> Data:
+    """Makes photographs where no data are named, and packs what is not packed yet, into the user's cache.
+
+    Raises:
+        ValueError: there are no data, or they have changed since they were packed.
+    """
+    if data is None:
+        data = photographs.CACHE.expanduser().with_name(f"photographs-{images}")
+        print(f"photographs: {data}", flush=True)
+        photographs.make(data, images)
+    path = data.expanduser().resolve()
+    cache = CACHE.expanduser() / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    folder = path if path.is_dir() else None
+    files = open_dataset("folder" if folder else "beton", path)
+    kept = files if folder is None else _pack(files, cache / "kept.beton", seekable=False)
+    jpegs = not _packed(kept).raw_N.any()
+    seekable = _pack(files, cache / "seekable.beton", seekable=True) if jpegs else kept
+    return Data(folder, files, kept, seekable)
+
+
+def _pack(dataset: Dataset, out: Path, *, seekable: bool) -> Dataset:
+    print(f"packed: {out}", flush=True)
+    pack(dataset, out, seekable=seekable)
+    return open_dataset("beton", out)
+
+
+def _packed(dataset: Dataset) -> Packed:
+    assert isinstance(dataset.read, Packed)
+    return dataset.read
+
+
+def _epoch(peer: Peer, device: torch.device) -> tuple[int, float]:
+    """Goes through an epoch: (images, seconds until the last batch was there)."""
+    images, start = 0, time.perf_counter()
+    end = start
+    for batch in peer:
+        images += len(batch)
+        end = time.perf_counter()
+    if device.type == "cuda":
+        waits = time.perf_counter()
+        torch.cuda.synchronize()
+        end += time.perf_counter() - waits
+    return images, end - start
+
+
+def _opened(data: Data, task: Task, name: str, not_run: dict[str, str]) -> Peer | None:
+    """A row after its first epoch; None where it cannot run."""
+    try:
+        peer = ROWS[name](data, task)
+        _epoch(peer, task.device)
+    except Exception as error:  # missing parts, broken installations: the other rows can run
+        not_run[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return None
+    return peer
+
+
+def _timed(data: Data, task: Task, names: list[str], repeats: int, not_run: dict[str, str]) -> list[dict[str, Any]]:
+    opened = {name: peer for name in names if (peer := _opened(data, task, name, not_run))}
+    speeds: dict[str, list[float]] = {name: [] for name in opened}
+    for repeat in range(repeats):
+        first = repeat % max(len(opened), 1)
+        for name in [*list(opened)[first:], *list(opened)[:first]]:
+            gc.collect()
+            gc.disable()
+            images, seconds = _epoch(opened[name], task.device)
+            gc.enable()
+            speeds[name].append(images / seconds)
+    for peer in opened.values():
+        peer.close()
+    medians = {name: median(found) for name, found in speeds.items()}
+    return [
+        {
+            "name": name,
+            "size": task.size,
+            "images_per_s": medians[name],
+            "relative_to": {r: medians[name] / medians[r] for r in REFERENCES if r in medians and r != name},
+            "repeats": speeds[name],
+        }
+        for name in opened
+    ]
+
+
+def _views(kept: Dataset, task: Task, repeats: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What an epoch's order and views take, batch by batch."""
+    asked, file, found = spec(kept, task.size, task.batch), task.packed.file, []
+    for epoch in range(repeats + 1):
+        start = time.perf_counter()
+        for index_B in batches(asked.epoch_order(epoch), global_batch=task.batch):
+            asked.view(epoch, index_B, file.height_N[index_B], file.width_N[index_B])
+        found.append((time.perf_counter() - start) * 1e3)
+    row: dict[str, Any] = {"name": VIEWS, "size": task.size, "ms_per_epoch": median(found[1:])}
+    for other in rows:
+        if other["name"] == "ffcv (seekable)":
+            row["share"] = row["ms_per_epoch"] / (len(kept) / other["images_per_s"] * 1e3)
+    return row
+
+
+def _memory(data: Data, task: Task, names: list[str], epochs: int, not_run: dict[str, str]) -> list[dict[str, Any]]:
+    rows = []
+    for name in names:
+        peer = _opened(data, task, name, not_run)
+        if peer is None:
+            continue
+        found = []
+        for _ in range(epochs):
+            _epoch(peer, task.device)
+            gc.collect()
+            found.append(_resident_mib())
+        peer.close()
+        rows.append({"name": name, "size": task.size, "resident_mib": found})
+        print(f"{name:20} {' '.join(f'{mib:.0f}' for mib in found)}", flush=True)
+    return rows
+
+
+def _resident_mib() -> float:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def _print(title: str, rows: list[dict[str, Any]], views: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("row", no_wrap=True)
+    for heading in ("images/s", "least", "most"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for reference in REFERENCES:
+        table.add_column(reference, justify="right", width=max(map(len, ("0.00 x", *reference.split()))))
+    for row in rows:
+        ratios = [f"{row['relative_to'][r]:.2f} x" if r in row["relative_to"] else "" for r in REFERENCES]
+        figures = [row["images_per_s"], min(row["repeats"]), max(row["repeats"])]
+        table.add_row(row["name"], *(f"{figure:.0f}" for figure in figures), *ratios)
+    console.print(table)
+    share = f", {100 * views['share']:.2f} % of an epoch of ffcv (seekable)" if "share" in views else ""
+    console.print(f"{VIEWS}: {views['ms_per_epoch']:.2f} ms an epoch{share}", highlight=False)
