@@ -164,11 +164,14 @@ class EpochLoader:
         return out
 
     def _batch_of(self, pixels: torch.Tensor, index_B: np.ndarray, number_B: np.ndarray, still=None) -> Batch:
-        targets = torch.from_numpy(self.spec.dataset.targets_N[index_B])
-        small = [targets, torch.from_numpy(index_B), torch.from_numpy(number_B)]
-        if self.device.type == "cuda":  # pageable memory would make the host wait
-            small = [t.pin_memory().to(self.device, non_blocking=True) for t in small]
-        return Batch(pixels, *small, still)
+        arrays = (self.spec.dataset.targets_N[index_B], index_B, number_B)
+        targets, index, number = (self._small(torch.from_numpy(a)) for a in arrays)
+        return Batch(pixels, targets, index, number, still)
+
+    def _small(self, values: torch.Tensor) -> torch.Tensor:
+        if self.device.type != "cuda":
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)  # from pageable memory the host would wait
 
 
 def stand_ins(spec: LoaderSpec, index: int) -> Iterator[int]:

@@ -255,7 +255,8 @@ class _Code:
             drop_last=False,
             batches_ahead=_AHEAD,
         )
-        allocate, kept = self._loader.graph.allocate_memory, {}
+        allocate = self._loader.graph.allocate_memory
+        kept: dict[tuple, Any] = {}
 
         def allocate_once(*sizes):  # not anew in every epoch: memory that a GPU reads from is dear to set up
             if sizes not in kept:

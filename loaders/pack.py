@@ -315,7 +315,7 @@ def _coded(jpeg: bytes, options: Options) -> bytes:
     return (seekable(jpeg) or jpeg) if options.seekable else jpeg
 
 
-def _add(writer: BetonWriter, dataset: Dataset, index: int, packed: _Packed) -> np.void:
+def _add(writer: BetonWriter, dataset: Dataset, index: int, packed: _Packed) -> Any:
     row = np.zeros((), dtype=_RECORD)
     row["index"], row["mode"] = index, _LEFT_OUT
     if packed.content is not None:

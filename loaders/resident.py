@@ -25,7 +25,8 @@ class _Store:
     """
 
     def __init__(self, spec: LoaderSpec, side: int, device: torch.device) -> None:
-        self.index_N, self.bad = spec.index_N.copy(), {}
+        self.index_N = spec.index_N.copy()
+        self.bad: dict[int, str] = {}
         row_of = {int(index): row for row, index in enumerate(spec.index_N)}
 
         def read(index: int) -> np.ndarray:

@@ -26,7 +26,7 @@ _NAMES = ("libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib")
 _WARNING = 0  # tjGetErrorCode: the picture is whole, but something in the file was odd
 _TAG = np.frombuffer(TAG, dtype=np.uint8)
 # numba keeps compiled code until the function's own file changes: what comes from others has to be a part of its key
-_MADE_OF = zlib.crc32(b"".join(Path(m.__file__).read_bytes() for m in (crop, seekable)))
+_MADE_OF = zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (crop, seekable)))
 _EXTRANEOUS = np.frombuffer(b" extraneous bytes", dtype=np.uint8)
 
 _open = types.ExternalFunction("tjInitDecompress", types.intp())
