@@ -7,6 +7,7 @@ decoder shows them (``show.py``). So nothing is drawn in a worker, and a positio
 import os
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from queue import Empty
 from typing import Any
 
@@ -146,10 +147,9 @@ class FfcvLoader(EpochLoader):
             _end(running)
 
     def describe(self) -> str:
-        import ffcv
-
+        version = metadata.version("ffcv")  # ffcv.__version__ is that of years ago
         how = "jpeg" if not self._read.raw_N.any() else "raw" if self._read.raw_N.all() else "jpeg and raw"
-        return f"ffcv {ffcv.__version__}, {how}, {self.workers} threads, {self._read.file.path} to {self.device}"
+        return f"ffcv {version}, {how}, {self.workers} threads, {self._read.file.path} to {self.device}"
 
 
 class _Memory:

@@ -24,7 +24,7 @@ from PIL import Image
 from .beton import JPEG, MAX_SIDE, RAW, BetonWriter, new_images, page_for, read_beton
 from .datasets import Dataset
 from .datasets.base import Encoded
-from .datasets.beton import classes_sha256, compress, read_side_file, side_file
+from .datasets.beton import Packed, classes_sha256, compress, read_side_file, side_file
 from .decode import decode, is_plain
 from .jpeg import read_header
 from .resample import centre_square
@@ -262,7 +262,8 @@ def _encode(dataset: Dataset, options: Options, index: int) -> _Packed:
         if isinstance(dataset.read, Encoded):
             content = dataset.read.encoded(index)
             name = dataset.read.name(index)
-            kept = None if options.raw or options.square else _kept(content.tobytes(), name, options)
+            pixels = isinstance(dataset.read, Packed) and dataset.read.raw_N[index]
+            kept = None if options.raw or options.square or pixels else _kept(content.tobytes(), name, options)
             if kept is not None:
                 return kept
         image_HWC = dataset.read(index)

@@ -28,15 +28,15 @@ class TorchLoader(EpochLoader):
     def __init__(self, spec: LoaderSpec, device: torch.device | str = "cpu", workers: int = 0) -> None:
         super().__init__(spec, device)
         self.workers = workers
-        self._walk: list[tuple[int, np.ndarray]] = []
+        self._walk = _Walk()
         self._loader: DataLoader | None = None
 
     def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:
-        self._walk = [(epoch, index_B) for index_B in walk]
+        self._walk.batches = [(epoch, index_B) for index_B in walk]
         if self._loader is None:
             self._loader = DataLoader(
                 _Cutter(self.spec),  # type: ignore[arg-type]
-                batch_sampler=_Walk(self),  # type: ignore[arg-type]
+                batch_sampler=self._walk,  # type: ignore[arg-type]
                 collate_fn=_as_is,
                 num_workers=self.workers,
                 pin_memory=self.device.type == "cuda",
@@ -63,16 +63,19 @@ class TorchLoader(EpochLoader):
 
 
 class _Walk:
-    """The batches of the epoch that its loader is at; PyTorch keeps the sampler that it was given first."""
+    """The batches of the epoch that a loader is at; PyTorch keeps the sampler that it was given first.
 
-    def __init__(self, loader: TorchLoader) -> None:
-        self._loader = loader
+    It does not know its loader: in a cycle of garbage PyTorch loses its workers' queues, and waits 5 s for each of them.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, np.ndarray]] = []
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        return iter(self._loader._walk)
+        return iter(self.batches)
 
     def __len__(self) -> int:
-        return len(self._loader._walk)
+        return len(self.batches)
 
 
 def _as_is(item):

@@ -79,30 +79,23 @@ def beton(root: Path, *, val_share: float, verify: bool = True) -> Dataset:
     """
     file, beside = read_beton(root), side_file(root)
     labels, about = file.targets_N, read_side_file(beside) if beside.is_file() else None
-    if about is not None:
-        classes, name, content = tuple(about["classes"]), about["name"], about["sha256"]
-        if verify:
-            _compare(root, file, about)
-    elif labels.ndim == 2:
+    if about is not None and verify:
+        _compare(root, file, about)
+    if about is None and labels.ndim == 2:
         raise ValueError(f"{root} holds label vectors, and there is no {beside.name} that names their classes")
-    else:
-        classes, name, content = (
-            tuple(map(str, range(min(int(labels.max()) + 1, _MAX_CLASSES)))),
-            "beton",
-            file.head_sha256,
-        )
-    if labels.ndim == 1 and not 0 <= labels.min() <= labels.max() < len(classes):
-        raise ValueError(
-            f"{root}: labels go from {labels.min()} to {labels.max()}, and there are {len(classes)} classes"
-        )
-    if labels.ndim == 2 and labels.shape[1] != len(classes):
-        raise ValueError(f"{root}: labels are for {labels.shape[1]} classes, and {len(classes)} are named")
+    count = min(int(labels.max()) + 1, _MAX_CLASSES) if about is None else len(about["classes"])
+    if labels.ndim == 1 and not 0 <= labels.min() <= labels.max() < count:
+        raise ValueError(f"{root}: labels go from {labels.min()} to {labels.max()}, and there are {count} classes")
+    if labels.ndim == 2 and labels.shape[1] != count:
+        raise ValueError(f"{root}: labels are for {labels.shape[1]} classes, and {count} are named")
     if about is not None:
         splits = {k: _expand(v, len(file), f"{beside}: its split {k}") for k, v in about["splits"].items()}
+        name, classes, content = about["name"], tuple(about["classes"]), about["sha256"]
     else:
         rest, test = split_off(labels, np.arange(len(file)), 0.2, purpose=3)
         train, val = split_off(labels[rest], rest, val_share, purpose=2)
         splits = {"train": train, "val": val, "test": test}
+        name, classes, content = "beton", tuple(map(str, range(count))), file.head_sha256
     return Dataset(name, classes, labels, Packed(file), splits, str(root), content=content)
 
 
