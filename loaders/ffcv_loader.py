@@ -5,7 +5,7 @@ decoder shows them (``show.py``). So nothing is drawn in a worker, and a positio
 """
 
 import os
-import sys
+import weakref
 from collections.abc import Iterator
 from importlib import metadata
 from queue import Empty
@@ -21,6 +21,7 @@ from .datasets.beton import Packed
 from .show import load_libjpeg
 
 _AHEAD = 3  # batches ready before they are asked for
+_KEPT = 8  # batches whose memory is used again
 _CHUNK = 1 << 12  # samples whose views are computed at once
 # columns of the table: index in the file, top, left, height, width, flips, and which row of its batch it is
 _INDEX, _BOX, _FLIP_X, _FLIP_Y, _ROW, _SIZE, _COLUMNS = 0, 1, 5, 6, 7, 8, 9
@@ -156,18 +157,19 @@ class _Memory:
     """Memory of batches on the CPU, used again when nobody holds the batch any more: no new pages, no fragments."""
 
     def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
+        # arrays, and the parts of them that were lent: such a part lives as long as the tensor made of it
+        self._lent: list[tuple[np.ndarray, weakref.ref]] = []
 
     def copy_of(self, bytes_: torch.Tensor) -> torch.Tensor:
         """uint8 [n] with the same content, valid as long as it is held."""
-        for array in self._arrays:
-            # held by the list, by this loop and by the call itself; by its tensor, too, if that is alive
-            if len(array) >= len(bytes_) and sys.getrefcount(array) == 3:
-                break
-        else:
-            array = np.empty(len(bytes_), dtype=np.uint8)
-            self._arrays = [a for a in self._arrays if len(a) >= len(bytes_)] + [array]
-        return torch.from_numpy(array)[: len(bytes_)].copy_(bytes_)
+        n = len(bytes_)
+        array = next((a for a, to in self._lent if to() is None and len(a) >= n), None)
+        if array is None:
+            array = np.empty(n, dtype=np.uint8)
+        others = [(a, to) for a, to in self._lent if a is not array and len(a) >= n]
+        lent = array[:n]
+        self._lent = [*others[1 - _KEPT :], (array, weakref.ref(lent))]
+        return torch.from_numpy(lent).copy_(bytes_)
 
 
 def _deal(sorted_N: np.ndarray, batch: int, hands: int) -> np.ndarray:

@@ -45,6 +45,7 @@ class TorchLoader(EpochLoader):
             )
         for item in self._loader:
             if isinstance(item, ValueError):
+                self.close()
                 raise item
             pixels, still, index_B, number_B, bad = item
             for index, why in bad.items():

@@ -220,4 +220,6 @@ def test_toy_is_balanced():
 
 
 def test_every_data_set_is_in_the_table():
-    assert set(tables.DATASETS) == {"cifar10", "cifar100", "elpv", "fashion_mnist", "folder", "stl10", "toy"}
+    assert set(tables.DATASETS) == {
+        "beton", "cifar10", "cifar100", "elpv", "fashion_mnist", "folder", "list", "stl10", "tar", "toy", "voc",
+    }  # fmt: skip

@@ -91,6 +91,18 @@ def test_batches_outlive_the_ring(spec):
     assert torch.equal(torch.cat(kept), pixels(open_loader("torch", spec)))
 
 
+def test_memory_is_used_again_when_nobody_holds_it():
+    memory, bytes_ = ffcv_loader._Memory(), torch.arange(200, dtype=torch.uint8)
+    assert len({memory.copy_of(bytes_).data_ptr() for _ in range(9)}) <= 2
+    held = [memory.copy_of(bytes_[i:]) for i in range(50)]
+    part = held[-1].view(1, -1)[0, 7:9].numpy()  # a part of a batch holds it, too
+    assert all(torch.equal(h, bytes_[i:]) for i, h in enumerate(held))
+    del held
+    again = [memory.copy_of(bytes_[:50]) for _ in range(20)]
+    assert part.tolist() == [56, 57] and all(torch.equal(a, bytes_[:50]) for a in again)
+    assert len(memory._lent) <= 8
+
+
 def test_rows_are_computed_a_little_ahead(spec, monkeypatch):
     """Also where an epoch is longer than what is computed at once."""
     monkeypatch.setattr(ffcv_loader, "_CHUNK", 4)

@@ -1,11 +1,17 @@
-"""Both loaders serve the same bytes in the same order; positions, ranks and errors."""
+"""The loaders that take any files serve the same bytes in the same order; which loader is chosen, and why.
 
+test_equivalence.py has all of them, on packed sets.
+"""
+
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from fasttrain.loaders import LOADERS, LoaderSpec, ViewPlan, choose_loader, evaluation, open_dataset, open_loader
+from fasttrain.loaders import LoaderSpec, ViewPlan, choose_loader, evaluation, open_dataset, open_loader
+from fasttrain.loaders import choose as choosing
+from fasttrain.loaders.pack import pack
 
 from . import samples
 
@@ -86,7 +92,7 @@ def test_labels_and_indices_belong_to_the_pixels(tree):
             assert int(target) == tree.targets_N[int(index)]
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", ["resident", "torch"])
 @pytest.mark.parametrize("at", [0, 1, 3, 5])
 def test_going_on_in_mid_epoch(tree, name, at):
     spec = spec_of(tree, stored=24)
@@ -106,7 +112,7 @@ def test_going_on_in_mid_epoch(tree, name, at):
     assert whole.state_dict() == rest.state_dict() == {"epoch": 4, "batch": 0}
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", ["resident", "torch"])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_the_same_global_batches(tree, name, ranks):
     spec = spec_of(tree, stored=24)
@@ -146,14 +152,93 @@ def test_an_unreadable_image_is_named_where_the_batch_is_used(tmp_path, workers)
 
 
 def test_unknown_loader(tree):
-    with pytest.raises(ValueError, match="no loader is called 'dally'; there are auto, resident, torch"):
+    with pytest.raises(
+        ValueError, match="no loader is called 'dally'; there are auto, resident, ffcv, dali, torch, synthetic"
+    ):
         open_loader("dally", spec_of(tree))
 
 
+@pytest.fixture(scope="module")
+def packed(tree, even_tree, tmp_path_factory):
+    """Packed: images of two sizes, the same as pixels, and images of one size."""
+    root = tmp_path_factory.mktemp("packed")
+    pack(tree, root / "kept.beton")
+    pack(tree, root / "raw.beton", raw=True)
+    pack(even_tree, root / "even.beton")
+    return {name: open_dataset("beton", root / f"{name}.beton") for name in ("kept", "raw", "even")}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """``machine(missing, free)``: a machine without some modules, and with so much free memory."""
+
+    def make(*missing: str, free: int = 1 << 34) -> None:
+        monkeypatch.setattr(choosing, "missing_part", lambda m: f"ImportError: no {m}" if m in missing else "")
+        monkeypatch.setattr(choosing, "_missing_libjpeg", lambda: "no libturbojpeg" if "libjpeg" in missing else "")
+        monkeypatch.setattr(choosing, "_free_memory", lambda device: free)
+
+    return make
+
+
+SEVERAL, LARGE = r"images of several sizes", r"too large to be resident: 0\.00 GiB decoded, 0\.0 GiB free on c"
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "missing", "device", "choice", "why"),
+    [
+        ("kept", {}, (), "cpu", "ffcv", rf"a packed file; {SEVERAL}"),
+        ("raw", {}, (), "cuda", "ffcv", rf"a packed file; {SEVERAL}"),
+        ("even", {}, (), "cpu", "ffcv", rf"a packed file; {LARGE}pu"),
+        ("kept", {}, ("ffcv",), "cpu", "torch", rf"SLOW: .* FFCV is not here \(ImportError: no ffcv\); {SEVERAL}"),
+        ("kept", {}, ("libjpeg",), "cpu", "torch", r"SLOW: .* \(no libturbojpeg\)"),
+        ("kept", {}, ("ffcv",), "cuda", "dali", r"a packed file, and FFCV is not here \(ImportError: no ffcv\)"),
+        ("kept", {}, ("ffcv", "nvidia.dali"), "cuda", "torch", r"SLOW: "),
+        ("kept", {"stored": 24}, (), "cpu", "torch", rf"{LARGE}pu$"),
+        ("tree", {}, (), "cpu", "torch", r"files of any size .*; `fasttrain pack` makes a file that loads faster"),
+        ("tree", {}, (), "cuda", "dali", r"files that a GPU can decode; files of any size"),
+        ("tree", {}, ("nvidia.dali",), "cuda", "torch", r"files of any size"),
+    ],
+)
+def test_the_choice_and_its_reason(tree, packed, machine, data, changes, missing, device, choice, why):
+    machine(*missing, free=100)
+    chosen, said = choose_loader(spec_of({"tree": tree, **packed}[data], **changes), device)
+    assert chosen == choice
+    assert re.match(why, said), said
+
+
+def test_what_fits_is_resident(packed, machine):
+    """A quarter of the memory for what is decoded; JPEGs or pixels, of one size or brought to one."""
+    need = 30 * 3 * 48 * 36
+    for free, choice in ((4 * need, "resident"), (4 * need - 1, "ffcv")):
+        machine(free=free)
+        assert choose_loader(spec_of(packed["even"]))[0] == choice
+    machine()
+    for name, changes in (("raw", {"stored": 16}), ("kept", {"stored": 16}), ("even", {})):
+        spec = spec_of(packed[name], **changes)
+        chosen, why = choose_loader(spec)
+        assert chosen == "resident" and "GiB decoded, 16.0 GiB free on cpu" in why
+        assert sum(len(b) for b in open_loader(chosen, spec)) == 30
+    one_size = np.arange(0, 30, 2)  # a split is looked at, not the file
+    sides = {packed["raw"].read.size(i) for i in one_size}
+    assert choose_loader(spec_of(packed["raw"], index_N=one_size))[0] == ("resident" if len(sides) == 1 else "ffcv")
+
+
+def test_synthetic_is_one_batch_again_and_again(tree):
+    loader = open_loader("synthetic", spec_of(tree, still=20))
+    first, second = list(loader), list(loader)
+    assert [len(b) for b in first] == [7, 7, 7, 7, 2] and len(loader) == 5
+    assert all(b.pixels is first[0].pixels for b in (*first[:4], *second[:4]))
+    assert first[0].pixels.shape == (7, 3, 16, 16) and first[4].still.shape == (2, 3, 20, 20)
+    assert first[0].pixels.is_contiguous(memory_format=torch.channels_last)
+    assert loader.state_dict() == {"epoch": 2, "batch": 0}
+
+
 @pytest.mark.gpu
-def test_a_gpu_holds_the_same_batches(tree):
-    spec = spec_of(tree, stored=24, still=32)
-    for name in LOADERS:
-        for a, b in zip(open_loader(name, spec, "cuda"), open_loader("resident", spec), strict=True):
-            assert a.pixels.device.type == "cuda"
-            same(a, b)
+@pytest.mark.parametrize("name", ["resident", "ffcv", "torch"])
+def test_a_gpu_holds_the_same_batches(packed, need, name):
+    if name == "ffcv":
+        need(name)
+    spec = spec_of(packed["even"], still=32)
+    for a, b in zip(open_loader(name, spec, "cuda", 2), open_loader("torch", spec), strict=True):
+        assert a.pixels.device.type == "cuda"
+        same(a, b)

@@ -1,7 +1,8 @@
 """The order of an epoch: every index once, the same for every batch size and rank count."""
 
 import numpy as np
-from fasttrain.loaders.order import batch_count, batches, order, rank_part
+import pytest
+from fasttrain.loaders.order import balanced_order, batch_count, batches, order, rank_part
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,4 +63,45 @@ def test_every_place_is_equally_likely():
 
 
 def test_rank_part_of_a_small_batch():
-    assert [list(rank_part(np.arange(3), r, 5)) for r in range(5)] == [[], [0], [], [1], [2]]
+    assert [list(rank_part(np.arange(3), r, 5)) for r in range(5)] == [[0], [1], [2], [], []]
+
+
+@given(batch=st.integers(1, 300), ranks=st.integers(1, 20))
+def test_no_part_of_a_smaller_batch_is_larger(batch, ranks):
+    """Memory for a rank's part of a full batch is enough for all."""
+    parts = [[len(rank_part(np.arange(g), r, ranks)) for g in range(batch + 1)] for r in range(ranks)]
+    assert all(p == sorted(p) for p in parts)
+
+
+@given(
+    seed=SEED,
+    epoch=st.integers(0, 1000),
+    target_N=st.lists(st.sampled_from([0, 1, 1, 1, 1, 1, 3, 70]), min_size=1, max_size=300).map(np.array),
+)
+def test_balanced(seed, epoch, target_N):
+    """Every class equally often, and each of its members, to within one; an epoch as long as it was; a function."""
+    chosen = balanced_order(seed, epoch, target_N)
+    assert len(chosen) == len(target_N) and chosen.dtype == np.int64
+    assert (chosen == balanced_order(seed, epoch, target_N)).all()
+    labels = np.unique(target_N)
+    counts = [(target_N[chosen] == label).sum() for label in labels]
+    assert max(counts) - min(counts) <= 1
+    for label in labels:
+        times = [(chosen == member).sum() for member in np.flatnonzero(target_N == label)]
+        assert max(times) - min(times) <= 1
+
+
+def test_balanced_epochs_differ_and_use_all_members_alike():
+    target_N = np.array([0] * 90 + [1] * 7 + [2] * 3)
+    first, second = (balanced_order(5, e, target_N) for e in (0, 1))
+    assert (first != second).any() and (balanced_order(6, 0, target_N) != first).any()
+    times = sum(np.bincount(balanced_order(5, e, target_N), minlength=100) for e in range(300))
+    for members, draws in ((range(90), 10_000 / 90), (range(90, 97), 10_000 / 7), (range(97, 100), 10_000 / 3)):
+        assert np.abs(times[list(members)] / draws - 1).max() < (0.35 if draws < 200 else 0.02)
+    halves = [np.bincount(target_N[h], minlength=3) for h in (first[:50], first[50:])]
+    assert np.abs(halves[0] - halves[1]).max() < 20  # classes are mixed
+
+
+def test_only_classes_are_balanced():
+    with pytest.raises(ValueError, match=r"^data\.balance: a multi-label data set cannot be balanced"):
+        balanced_order(0, 0, np.zeros((4, 2), dtype=np.float32))

@@ -8,6 +8,8 @@ import os
 import random
 import resource
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -290,7 +292,7 @@ def test_pixels_that_begin_as_a_jpeg_does(tmp_path):
 
 
 def test_packing_does_not_import_ffcv(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ffcv", None)
+    monkeypatch.setitem(sys.modules, "ffcv", None)
     pack(folder(tmp_path / "in"), tmp_path / "x.beton")
     assert len(open_dataset("beton", tmp_path / "x.beton")) == 16
 
@@ -342,64 +344,69 @@ def test_ffcv_reads_what_was_packed(need, kind, os_cache, tmp_path):
 class Samples:
     """For FFCV's writer."""
 
-    def __init__(self, images: list[np.ndarray], *more) -> None:
-        self.images, self.more = images, more
+    def __init__(self, *columns) -> None:
+        self.columns = columns
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.columns[0])
 
     def __getitem__(self, i):
-        return (self.images[i], *(m[i] for m in self.more))
+        return tuple(c[i] for c in self.columns)
 
 
-@pytest.mark.parametrize("mode", ["raw", "jpg", "proportion"])
-def test_a_file_of_ffcvs_writer_opens(need, mode, tmp_path):
-    need("ffcv")
-    from ffcv.fields import BytesField, FloatField, IntField, JSONField, RGBImageField
+def pictures() -> list[np.ndarray]:
+    return [np.asarray(photo(40 + i, 30 + i % 7)) for i in range(30)]
+
+
+def write_with_ffcv(folder: str) -> None:
+    from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    images = [np.asarray(photo(40 + i, 30 + i % 7)) for i in range(30)]
-    label = [i % 3 for i in range(30)]
     words = [np.frombuffer(b"w" * (i + 1), np.uint8) for i in range(30)]
-    path = tmp_path / "x.beton"
-    fields = {
-        "photo": RGBImageField(mode),
-        "weight": FloatField(),
-        "class": IntField(),
-        "words": BytesField(),
-        "j": JSONField(),
-    }
-    writer = DatasetWriter(str(path), fields, num_workers=2)
-    writer.from_indexed_dataset(Samples(images, np.ones(30), label, words, [{"i": i} for i in range(30)]), chunksize=4)
-    dataset = open_dataset("beton", path, val_share=0.25)
-    assert dataset.classes == ("0", "1", "2") and dataset.targets_N.tolist() == label
-    assert {k: len(v) for k, v in dataset.splits.items()} == {"train": 18, "val": 6, "test": 6}
-    assert dataset.read.file.image_field == "photo" and dataset.read.file.fields[2] == "class"
-    assert set(dataset.read.file.mode_N) == {"raw": {RAW}, "jpg": {JPEG}, "proportion": {RAW, JPEG}}[mode]
-    for i, image in enumerate(images):
-        if dataset.read.file.mode_N[i] == RAW:
-            assert (dataset.read(i) == image).all()
-        else:
-            assert dataset.read(i).shape == image.shape and np.abs(dataset.read(i).astype(int) - image).mean() < 6
-
-
-def test_a_file_of_ffcvs_writer_with_label_vectors_needs_names(need, tmp_path):
-    need("ffcv")
-    from ffcv.fields import NDArrayField, RGBImageField
-    from ffcv.writer import DatasetWriter
-
-    vectors = np.random.default_rng(0).integers(0, 2, (10, 5)).astype(np.float32)
-    for kind, match in (
-        (np.float32, r"label vectors, and there is no x\.beton\.json"),
-        (np.float64, r"not float32 \[C\]"),
-    ):
+    data = Samples(pictures(), np.ones(30), np.arange(30) % 3, words, [{"i": i} for i in range(30)])
+    fields = {"photo": RGBImageField("proportion"), "weight": FloatField(), "class": IntField(), "words": BytesField()}
+    writer = DatasetWriter(f"{folder}/labels.beton", fields | {"more": JSONField()}, num_workers=2)
+    writer.from_indexed_dataset(data, chunksize=4)
+    for kind in (np.float32, np.float64):
         fields = {"image": RGBImageField("raw"), "label": NDArrayField(np.dtype(kind), (5,))}
-        data = Samples([np.asarray(photo(8, 8))] * 10, vectors.astype(kind))
-        DatasetWriter(str(tmp_path / "x.beton"), fields, num_workers=1).from_indexed_dataset(data)
+        writer = DatasetWriter(f"{folder}/{kind.__name__}.beton", fields, num_workers=1)
+        writer.from_indexed_dataset(Samples(pictures(), np.eye(5, dtype=kind)[np.arange(30) % 5]))
+
+
+@pytest.fixture(scope="module")
+def written_by_ffcv(tmp_path_factory, repository) -> Path:
+    """Its writer forks, after which numba's threads may hang at the end of a process: one of its own."""
+    folder = tmp_path_factory.mktemp("ffcv")
+    code = f"from tests.loaders import test_pack as t; t.write_with_ffcv({str(folder)!r})"
+    environment = {**os.environ, "NUMBA_THREADING_LAYER": "workqueue"}
+    subprocess.run([sys.executable, "-c", code], cwd=repository, env=environment, check=True, timeout=120)
+    return folder
+
+
+def test_a_file_of_ffcvs_writer_opens(need, request):
+    need("ffcv")
+    dataset = open_dataset("beton", request.getfixturevalue("written_by_ffcv") / "labels.beton", val_share=0.25)
+    assert dataset.classes == ("0", "1", "2") and dataset.targets_N.tolist() == [i % 3 for i in range(30)]
+    assert {k: len(v) for k, v in dataset.splits.items()} == {"train": 18, "val": 6, "test": 6}
+    file = dataset.read.file
+    assert file.image_field == "photo" and file.fields == ("photo", "weight", "class", "words", "more")
+    assert set(file.mode_N) == {RAW, JPEG}  # half of either, at random
+    for i, image in enumerate(pictures()):
+        shown = dataset.read(i).astype(int)
+        assert shown.shape == image.shape
+        assert (shown == image).all() if file.mode_N[i] == RAW else np.abs(shown - image).mean() < 6
+
+
+def test_label_vectors_of_ffcvs_writer_need_names(need, request):
+    need("ffcv")
+    folder = request.getfixturevalue("written_by_ffcv")
+    assert (read_beton(folder / "float32.beton").targets_N == np.eye(5)[np.arange(30) % 5]).all()
+    for kind, match in (
+        ("float32", r"label vectors, and there is no float32\.beton\.json"),
+        ("float64", r"not float32 \[C\]"),
+    ):
         with pytest.raises(ValueError, match=match):
-            open_dataset("beton", tmp_path / "x.beton")
-        if kind is np.float32:
-            assert (read_beton(tmp_path / "x.beton").targets_N == vectors).all()
+            open_dataset("beton", folder / f"{kind}.beton")
 
 
 # what is left out
