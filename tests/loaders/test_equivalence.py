@@ -478,9 +478,11 @@ def test_a_loader_that_is_dropped(need, packed, name, workers):
     next(iterator)
     assert name == "torch" or len(set(threading.enumerate()) - before) > 0
     assert not (name == "torch" and workers) or len(children()) == workers
+    start = time.monotonic()
     del loader, iterator
     gc.collect()
     assert_nothing_left(before)
+    assert time.monotonic() - start < 5  # for which PyTorch would wait for each of its processes
 
 
 def test_a_killed_worker_is_an_error(opened, packed):
