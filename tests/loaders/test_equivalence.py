@@ -130,8 +130,7 @@ WALKS = {
     "batches of 1": {"batch": 1, "index_N": np.arange(5)},
     "last one partial": {"batch": 7},
     "last one dropped": {"batch": 7, "drop_last": True},
-    "all in one": {"batch": 100},
-    "one more than a batch": {"batch": 39, "shuffle": False},
+    "all in one": {"batch": 100, "shuffle": False},
     "2 ranks, odd": {"batch": 7, "ranks": 2},
     "5 ranks, last part as large as a full one": {"batch": 8, "ranks": 5, "index_N": np.arange(39)},
     "4 ranks, last parts empty": {"batch": 9, "ranks": 4, "index_N": np.arange(1, 39)},
@@ -377,7 +376,6 @@ def damaged(file: Path, to: Path, **how: str) -> Dataset:
             at, content = {
                 "head": (0, bytes(40)),
                 "cut off": (size // 2, bytes(size - size // 2)),  # the end marker is lost, too
-                "garbage to the end": (size - 500, 50 * b"not a JPEG"),
                 "8 bytes": (size // 2, bytes(8)),  # libjpeg warns, and makes a picture of it
             }[kind]
             out.seek(start + at)
@@ -385,7 +383,7 @@ def damaged(file: Path, to: Path, **how: str) -> Dataset:
     return open_dataset("beton", to / file.name)
 
 
-@pytest.mark.parametrize("kind", ["head", "cut off", "garbage to the end"])
+@pytest.mark.parametrize("kind", ["head", "cut off"])
 @pytest.mark.parametrize(("name", "workers"), EVERY)
 def test_a_damaged_sample_is_named_where_it_is_used(opened, packed, tmp_path, name, workers, kind):
     bad = damaged(packed["square"].read.file.path, tmp_path / "bad", s11=kind)
@@ -406,11 +404,10 @@ def test_a_damaged_sample_is_named_where_it_is_used(opened, packed, tmp_path, na
     assert_same([next(iter(loader))], served)
 
 
-@pytest.mark.parametrize("kind", ["head", "cut off"])
 @pytest.mark.parametrize(("name", "workers"), EVERY)
-def test_stand_ins(opened, packed, tmp_path, name, workers, kind):
+def test_stand_ins(opened, packed, tmp_path, name, workers):
     """The next good one of the split, with its own index, label and view; counted once."""
-    bad = damaged(packed["square"].read.file.path, tmp_path / "bad", s11=kind, s12=kind, s38=kind)
+    bad = damaged(packed["square"].read.file.path, tmp_path / "bad", s11="head", s12="cut off", s38="cut off")
     spec = spec_of(bad, plan=ViewPlan(crop="pad", pad=3, flip="both"), on_bad_sample="skip", index_N=np.arange(1, 39))
     loader = opened(name, spec, workers)
     for epoch in range(2):
@@ -452,18 +449,13 @@ def test_damage_that_libjpeg_makes_a_picture_of(opened, packed, tmp_path, name, 
     assert differences(got, expected).max() < 3
 
 
-class Boom(BaseException):
-    """Nothing handles it."""
-
-
-@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 @pytest.mark.parametrize(("name", "workers"), WAYS)
-def test_an_error_where_the_batches_are_used(opened, packed, name, workers, error):
+def test_an_error_where_the_batches_are_used(opened, packed, name, workers):
     before = set(threading.enumerate())
     loader = opened(name, spec_of(packed["square"], batch=2), workers)
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         for _ in loader:
-            raise error
+            raise KeyboardInterrupt
     loader.close()
     assert_nothing_left(before)
 

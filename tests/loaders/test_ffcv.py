@@ -9,7 +9,7 @@ from queue import Queue
 import numpy as np
 import pytest
 import torch
-from fasttrain.loaders import LoaderSpec, ViewPlan, ffcv_loader, open_dataset, open_loader
+from fasttrain.loaders import Growth, LoaderSpec, ViewPlan, ffcv_loader, open_dataset, open_loader
 from fasttrain.loaders.ffcv_loader import _deal, _next
 from fasttrain.loaders.pack import pack
 
@@ -89,6 +89,17 @@ def test_batches_outlive_the_ring(spec):
     list(loader)
     assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
     assert torch.equal(torch.cat(kept), pixels(open_loader("torch", spec)))
+
+
+def test_compiled_code_shows_all_that_is_sound(spec, monkeypatch):
+    """The slow way of a sample that it could not show would give the same bytes, and hide that."""
+    monkeypatch.setattr(ffcv_loader.FfcvLoader, "_mend", None)
+    grown = replace(spec, still=40, growth=Growth(16, start=0, end=2, step=8), batch=7)
+    ours, reference = open_loader("ffcv", grown, workers=2), open_loader("torch", grown)
+    for side in (16, 24, 32):
+        for a, b in zip(ours, reference, strict=True):
+            assert a.pixels.shape[2:] == (side, side)
+            assert torch.equal(a.pixels, b.pixels) and torch.equal(a.still, b.still)
 
 
 def test_memory_is_used_again_when_nobody_holds_it():
