@@ -200,7 +200,7 @@ def _next(running) -> np.ndarray:
         except Empty:
             if alive:
                 continue
-            raise RuntimeError("FFCV's thread ended early; its error, if it had one, stands above") from None
+            raise RuntimeError("the loader was closed, or FFCV's thread ended early (its error stands above)") from None
         assert result is not None
         return result[1][0].reshape(-1)
 

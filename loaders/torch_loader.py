@@ -30,8 +30,10 @@ class TorchLoader(EpochLoader):
         self.workers = workers
         self._walk = _Walk()
         self._loader: DataLoader | None = None
+        self._turn: object = None  # which iteration may go on
 
     def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:
+        turn = self._turn = object()
         self._walk.batches = [(epoch, index_B) for index_B in walk]
         if self._loader is None:
             self._loader = DataLoader(
@@ -44,6 +46,8 @@ class TorchLoader(EpochLoader):
                 prefetch_factor=_AHEAD if self.workers else None,
             )
         for item in self._loader:
+            if self._turn is not turn:  # PyTorch would leave out batches
+                raise RuntimeError("the loader was closed, or began to iterate anew")
             if isinstance(item, ValueError):
                 self.close()
                 raise item
@@ -54,7 +58,7 @@ class TorchLoader(EpochLoader):
             yield self._batch_of(self._sent(pixels), index_B.numpy(), number_B.numpy(), still)
 
     def close(self) -> None:
-        loader, self._loader = self._loader, None
+        loader, self._loader, self._turn = self._loader, None, None
         iterator = getattr(loader, "_iterator", None)
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()

@@ -496,7 +496,6 @@ def test_memory_does_not_grow(opened, packed, name, workers):
     for _ in range(20):
         for batch in loader:  # noqa: B007
             pass
-        gc.collect()
         after.append(resident_mib())
     grown, leak = np.diff(after[3:]), batch.pixels.numel() / 2**20
     assert leak > 2 and np.median(grown) < leak / 4, grown  # a batch that stays every time would be `leak`
