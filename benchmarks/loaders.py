@@ -15,7 +15,7 @@ Others' rows (benchmarks/peers.py): ``dataloader (tensor)`` and ``dataloader (pi
 torchvision's transforms; ``plain ffcv``: FFCV's own loader, decoder and transforms; ``dali cpu (plain)``: DALI's pipeline
 as it documents it; ``spdl``: SPDL's threads and FFmpeg's filters; ``bare decode``: libjpeg-turbo on whole images and nothing
 else, which no loader that decodes whole images can beat. Ours: ``torch`` from files, ``ffcv``, ``dali cpu`` and ``dali gpu``
-from the same JPEGs packed, ``ffcv (seekable)`` from JPEGs packed with ``--seekable``; ``synthetic`` decodes nothing.
+from the same JPEGs packed, ``ffcv (no index)`` from JPEGs packed with ``--no-seek``; ``synthetic`` decodes nothing.
 
 Every row goes through one epoch that does not count; then, ``--repeats`` times, all rows take turns, one epoch each, the
 first being another one every time. An epoch's time ends when its last batch is there; figures are medians. Whoever
@@ -54,12 +54,12 @@ VIEWS = "views and order"
 
 @dataclass(frozen=True)
 class Data:
-    """The same images in three forms, and which are class folders."""
+    """The same images in three forms, packed with and without a seek index, and which are class folders."""
 
     folder: Path | None
     files: Dataset
-    kept: Dataset
-    seekable: Dataset
+    packed: Dataset
+    bare: Dataset
 
 
 class Ours(Peer):
@@ -84,16 +84,16 @@ def spec(dataset: Dataset, size: int, batch: int) -> LoaderSpec:
     return LoaderSpec(dataset, np.arange(len(dataset)), plan, size=size, stored=0, batch=batch)
 
 
-def _seekable(data: Data, task: Task) -> Peer:
+def _no_index(data: Data, task: Task) -> Peer:
     if task.packed.raw_N.any():
         raise ValueError("the packed file holds pixels, not JPEGs")
-    return Ours("ffcv", data.seekable, task)
+    return Ours("ffcv", data.bare, task)
 
 
 def _dali_gpu(data: Data, task: Task) -> Peer:
     if not torch.cuda.is_available():
         raise ValueError("it needs a GPU")
-    return Ours("dali", data.kept, task)
+    return Ours("dali", data.packed, task)
 
 
 # those that fork first, while there are no threads of others
@@ -102,14 +102,14 @@ ROWS: dict[str, Callable[[Data, Task], Peer]] = {
     "dataloader (pil)": lambda data, task: peers.TorchData(task, pil=True),
     "torch": lambda data, task: Ours("torch", data.files, task),
     "plain ffcv": lambda data, task: peers.PlainFfcv(task),
-    "ffcv": lambda data, task: Ours("ffcv", data.kept, task),
-    "ffcv (seekable)": _seekable,
+    "ffcv": lambda data, task: Ours("ffcv", data.packed, task),
+    "ffcv (no index)": _no_index,
     "dali cpu (plain)": lambda data, task: peers.PlainDali(task),
-    "dali cpu": lambda data, task: Ours("dali", data.kept, task, torch.device("cpu")),
+    "dali cpu": lambda data, task: Ours("dali", data.packed, task, torch.device("cpu")),
     "dali gpu": _dali_gpu,
     "spdl": lambda data, task: peers.Spdl(task),
     "bare decode": lambda data, task: peers.BareDecode(task),
-    "synthetic": lambda data, task: Ours("synthetic", data.kept, task),
+    "synthetic": lambda data, task: Ours("synthetic", data.packed, task),
 }
 
 
@@ -122,11 +122,11 @@ def run(arguments: list[str]) -> dict[str, Any]:
     given = _parsed(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = prepare(given.data, given.images)
-    read = _packed(data.kept)
-    content: dict[str, Any] = {"images": len(data.kept), "mean_bytes": float(read.file.size_N.mean())}
+    read = _packed(data.packed)
+    content: dict[str, Any] = {"images": len(data.packed), "mean_bytes": float(read.file.size_N.mean())}
     content |= {"batch": given.batch, "workers": given.workers, "device": str(device), "rows": [], "not_run": {}}
-    about = f"{len(data.kept)} images of {content['mean_bytes'] / 1000:.0f} KB, {given.workers} workers"
-    if len(data.kept) < 4 * given.batch * given.workers:
+    about = f"{len(data.packed)} images of {content['mean_bytes'] / 1000:.0f} KB, {given.workers} workers"
+    if len(data.packed) < 4 * given.batch * given.workers:
         print("under 4 batches a worker: rows of PyTorch's DataLoader come out too low; see --images", flush=True)
     for size in given.size:
         task = Task(data.folder, read, size, given.batch, given.workers, device)
@@ -136,7 +136,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
             content["rows"] += _memory(data, task, given.rows, given.memory, content["not_run"])
             continue
         rows = _timed(data, task, given.rows, given.repeats, content["not_run"])
-        views = _views(data.kept, task, given.repeats, rows)
+        views = _views(data.packed, task, given.repeats, rows)
         content["rows"] += rows
         content.setdefault("views_and_order", []).append(views)
         _print(title, rows, views)
@@ -183,15 +183,15 @@ def prepare(data: Path | None, images: int) -> Data:
     cache = CACHE.expanduser() / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     folder = path if path.is_dir() else None
     files = open_dataset("folder" if folder else "beton", path)
-    kept = files if folder is None else _pack(files, cache / "kept.beton", seekable=False)
-    jpegs = not _packed(kept).raw_N.any()
-    seekable = _pack(files, cache / "seekable.beton", seekable=True) if jpegs else kept
-    return Data(folder, files, kept, seekable)
+    packed = files if folder is None else _pack(files, cache / "packed.beton", seek=True)
+    jpegs = not _packed(packed).raw_N.any()
+    bare = _pack(files, cache / "bare.beton", seek=False) if jpegs else packed
+    return Data(folder, files, packed, bare)
 
 
-def _pack(dataset: Dataset, out: Path, *, seekable: bool) -> Dataset:
+def _pack(dataset: Dataset, out: Path, *, seek: bool) -> Dataset:
     print(f"packed: {out}", flush=True)
-    pack(dataset, out, seekable=seekable)
+    pack(dataset, out, seek=seek)
     return open_dataset("beton", out)
 
 
@@ -261,7 +261,7 @@ def _views(kept: Dataset, task: Task, repeats: int, rows: list[dict[str, Any]]) 
         found.append((time.perf_counter() - start) * 1e3)
     row: dict[str, Any] = {"name": VIEWS, "size": task.size, "ms_per_epoch": median(found[1:])}
     for other in rows:
-        if other["name"] == "ffcv (seekable)":
+        if other["name"] == "ffcv":
             row["share"] = row["ms_per_epoch"] / (len(kept) / other["images_per_s"] * 1e3)
     return row
 
@@ -301,5 +301,5 @@ def _print(title: str, rows: list[dict[str, Any]], views: dict[str, Any]) -> Non
         figures = [row["images_per_s"], min(row["repeats"]), max(row["repeats"])]
         table.add_row(row["name"], *(f"{figure:.0f}" for figure in figures), *ratios)
     console.print(table)
-    share = f", {100 * views['share']:.2f} % of an epoch of ffcv (seekable)" if "share" in views else ""
+    share = f", {100 * views['share']:.2f} % of an epoch of ffcv" if "share" in views else ""
     console.print(f"{VIEWS}: {views['ms_per_epoch']:.2f} ms an epoch{share}", highlight=False)

@@ -31,11 +31,12 @@ def cut_one(image_HWC: np.ndarray, view: View, b: int, out_SSC: np.ndarray) -> N
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def weights(start, length, extent, size, flip, first_S, count_S, weight_ST):
+def weights(start, length, begin_there, end_there, size, flip, first_S, count_S, weight_ST):
     """Triangle-filter weights in 1/1024, as ``resample._weights`` has them.
 
-    Output pixel s takes ``count_S[s]`` input pixels from ``first_S[s]`` on. ``start`` and ``length`` may be fractions of
-    a pixel (of an image that was decoded at a fraction of its size).
+    Output pixel s takes ``count_S[s]`` input pixels from ``first_S[s]`` on, counted from ``begin_there``: pixels before
+    that and from ``end_there`` on are black. ``start`` and ``length`` may be fractions of a pixel (of an image that was
+    decoded at a fraction of its size).
 
     Returns:
         The largest count.
@@ -71,13 +72,13 @@ def weights(start, length, extent, size, flip, first_S, count_S, weight_ST):
             if whole > weight_ST[to, best]:
                 best = k
         weight_ST[to, best] += rest
-        outside = min(max(-begin, 0), n)  # black: left out
-        n = min(n, max(extent - begin, 0)) - outside
+        outside = min(max(begin_there - begin, 0), n)  # black: left out
+        n = min(n, max(end_there - begin, 0)) - outside
         if n <= 0:
-            n, begin, outside = 0, 0, 0
+            n, begin, outside = 0, begin_there, 0
         for k in range(n):
             weight_ST[to, k] = weight_ST[to, k + outside]
-        first_S[to], count_S[to] = begin + outside, n
+        first_S[to], count_S[to] = begin + outside - begin_there, n
         most = max(most, n)
     return most
 
@@ -165,10 +166,11 @@ def _row(source, first, count, weight_T, low, high, total):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def cut_into(image_HWC, top, left, height, width, flip_x, flip_y, out_SSC):
+def cut_into(image_HWC, top, left, height, width, flip_x, flip_y, out_SSC, first_y=0, first_x=0):
     """Cuts a box out of an image and brings it to the output's size; see :func:`cut_one`.
 
-    ``top``, ``left``, ``height``, ``width`` may be fractions of a pixel.
+    ``top``, ``left``, ``height``, ``width`` may be fractions of a pixel; ``first_y``, ``first_x`` are where ``image_HWC``
+    lies, if it is a part of the image that has all of the box.
     """
     size = out_SSC.shape[0]
     rows, columns = image_HWC.shape[0], image_HWC.shape[1]
@@ -177,8 +179,8 @@ def cut_into(image_HWC, top, left, height, width, flip_x, flip_y, out_SSC):
     y_S, x_S = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
     rows_S, columns_S = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
     weight_y, wide_x = np.empty((size, taps_y)), np.empty((size, taps_x))
-    weights(float(top), float(height), rows, size, flip_y, y_S, rows_S, weight_y)
-    most = weights(float(left), float(width), columns, size, flip_x, x_S, columns_S, wide_x)
+    weights(float(top), float(height), first_y, first_y + rows, size, flip_y, y_S, rows_S, weight_y)
+    most = weights(float(left), float(width), first_x, first_x + columns, size, flip_x, x_S, columns_S, wide_x)
     most += most % 2
     weight_x = np.zeros((size, most), dtype=np.float32)
     low, high = columns, 0

@@ -48,7 +48,7 @@ class _Decoder(SimpleRGBImageDecoder):  # FFCV takes no other class for the firs
                 record, b = records[row[_INDEX]], np.int64(row[_ROW])
                 data = read(record["data_ptr"], storage)
                 flat[n * (image + other) + b] = show(
-                    data.ctypes.data, len(data), record["mode"] == 0, record["height"], record["width"],
+                    data.ctypes.data, len(data), record["data_ptr"], record["mode"] == 0, record["height"], record["width"],
                     row[_BOX:].ctypes.data, size, start + b * image, still, start + n * image + b * other,
                 )  # fmt: skip
             return memory

@@ -28,12 +28,12 @@ from .datasets.beton import Packed, classes_sha256, compress, read_side_file, si
 from .decode import decode, is_plain
 from .jpeg import read_header
 from .resample import centre_square
-from .seekable import damage, seekable
+from .seek import damage, seek_index
 
 _SYNC_BYTES = 64 << 20  # written between two points to which a stopped packing goes back
 _RECORD = np.dtype(
     [("index", "<i8"), ("mode", "i1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8"), ("size", "<u8"),
-     ("label", "<i8"), ("kept", "u1")]
+     ("label", "<i8"), ("before", "<u4"), ("kept", "u1")]
 )  # fmt: skip
 _LEFT_OUT = -1  # mode of a sample that is not in the file
 
@@ -47,22 +47,20 @@ class Options:
         square: side in pixels of the centre squares to which all images are brought; 0 for none.
         quality: of JPEGs that are encoded here, 1 to 100.
         raw: keep pixels instead of JPEGs: many times the space, no decoding.
-        seekable: re-code JPEGs without loss so that loaders decode only the rows they show (``loaders/seekable.py``).
+        seek: put an index before each JPEG, by which loaders decode only what they show (``loaders/seek.py``).
     """
 
     max_size: int = 0
     square: int = 0
     quality: int = 90
     raw: bool = False
-    seekable: bool = False
+    seek: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality: {self.quality} is not between 1 and 100")
         if self.max_size < 0 or self.square < 0 or max(self.max_size, self.square) > MAX_SIDE:
             raise ValueError(f"--max-size, --square: sides go from 0 (no limit) to {MAX_SIDE} pixels")
-        if self.raw and self.seekable:
-            raise ValueError("--seekable is of JPEGs, and --raw keeps none")
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Packed:
-    """One sample, ready to be written; ``content`` is None where ``why`` says why it is left out."""
+    """One sample, ready to be written, and its seek index; ``content`` is None where ``why`` says why it is left out."""
 
     content: bytes | None
     mode: int = 0
@@ -85,6 +83,7 @@ class _Packed:
     height: int = 0
     kept: bool = False
     why: str = ""
+    seek: bytes = b""
 
 
 def pack(
@@ -95,7 +94,7 @@ def pack(
     square: int = 0,
     quality: int = 90,
     raw: bool = False,
-    seekable: bool = False,
+    seek: bool = True,
     workers: int = 0,
     report: Callable[[Progress], Any] | None = None,
 ) -> dict[str, Any]:
@@ -104,7 +103,7 @@ def pack(
     Args:
         dataset: all of its splits are packed, in its order.
         out: the ``.beton`` to make.
-        max_size, square, quality, raw, seekable: see :class:`Options`. Data sets that hold pixels instead of files
+        max_size, square, quality, raw, seek: see :class:`Options`. Data sets that hold pixels instead of files
             (CIFAR, STL-10) are always kept raw.
         workers: threads; 0 for all cores.
         report: called after every sample that is written.
@@ -116,7 +115,7 @@ def pack(
         ValueError: ``out`` is there and holds something else, the data set changed since a packing began, the disk is
             full, a sample is larger than 2 GiB, or no sample could be decoded.
     """
-    options = Options(max_size, square, quality, raw or not isinstance(dataset.read, Encoded), seekable)
+    options = Options(max_size, square, quality, raw or not isinstance(dataset.read, Encoded), seek)
     if workers < 0:
         raise ValueError(f"--workers: {workers} is below 0")
     made_from = {"source": _fingerprint(dataset), "options": asdict(options)}
@@ -135,7 +134,7 @@ def pack(
             bad_file.write_text("")
         rows, bad = [*record_N], int((record_N["mode"] == _LEFT_OUT).sum())
         done = len(rows)
-        page = page_for(int(record_N["size"].max(initial=0)) + 4 * vector, _page(dataset, options))
+        page = page_for(int((record_N["size"] + record_N["before"]).max(initial=0)) + 4 * vector, _page(dataset, options))
         writer = BetonWriter(partial, samples=len(dataset), vector=vector, page=page, at=at)
         try:
             with log.open("ab") as log_to, bad_file.open("a") as bad_to:
@@ -286,7 +285,7 @@ def _encode(dataset: Dataset, options: Options, index: int) -> _Packed:
         Image.fromarray(image_HWC).save(out, "JPEG", quality=options.quality)
     except OSError as error:
         return _Packed(None, why=f"{width} x {height} pixels cannot be encoded: {error}")
-    return _Packed(_coded(out.getvalue(), options), JPEG, width, height)
+    return _Packed(out.getvalue(), JPEG, width, height, seek=_index(out.getvalue(), options))
 
 
 def _kept(content: bytes, name: str, options: Options) -> _Packed | None:
@@ -309,11 +308,11 @@ def _kept(content: bytes, name: str, options: Options) -> _Packed | None:
     why = damage(content)
     if why:
         raise ValueError(f"cannot read the image {name}: {why}")
-    return _Packed(_coded(content, options), JPEG, width, height, kept=True)
+    return _Packed(content, JPEG, width, height, kept=True, seek=_index(content, options))
 
 
-def _coded(jpeg: bytes, options: Options) -> bytes:
-    return (seekable(jpeg) or jpeg) if options.seekable else jpeg
+def _index(jpeg: bytes, options: Options) -> bytes:
+    return seek_index(jpeg) if options.seek else b""
 
 
 def _add(writer: BetonWriter, dataset: Dataset, index: int, packed: _Packed) -> Any:
@@ -322,10 +321,11 @@ def _add(writer: BetonWriter, dataset: Dataset, index: int, packed: _Packed) -> 
     if packed.content is not None:
         label = [dataset.targets_N[index].astype("<f4").tobytes()] if dataset.multi_label else []
         try:
-            places = writer.add(packed.content, *label)
+            before, *places = writer.add(packed.seek, packed.content, *label)
         except ValueError as error:
             raise ValueError(f"{_name(dataset, index)}: {error}; set --max-size") from None
         row["mode"], row["ptr"], row["size"] = packed.mode, places[0], len(packed.content)
+        row["before"] = places[0] - before
         row["width"], row["height"], row["kept"] = packed.width, packed.height, packed.kept
         row["label"] = places[1] if label else int(dataset.targets_N[index])
     return row[()]

@@ -20,7 +20,7 @@ TINY = ["--size", "32", "--batch", "8", "--repeats", "1", "--workers", "2"]
 PARTS = {
     "plain ffcv": "ffcv",
     "ffcv": "ffcv",
-    "ffcv (seekable)": "ffcv",
+    "ffcv (no index)": "ffcv",
     "dali cpu": "dali",
     "dali cpu (plain)": "dali",
 }
@@ -116,7 +116,7 @@ def test_an_epoch_has_every_image_once(tree, name, need):
     if name == "spdl" and not spdl_works():
         pytest.skip("SPDL or FFmpeg's libraries are not here")
     data = prepare(tree, 1)
-    task = peers.Task(data.folder, loaders._packed(data.kept), 32, 7, 2, torch.device("cpu"))
+    task = peers.Task(data.folder, loaders._packed(data.packed), 32, 7, 2, torch.device("cpu"))
     peer = ROWS[name](data, task)
     try:
         epochs = [list(peer) for _ in range(2)]
@@ -141,7 +141,7 @@ def test_a_missing_package_leaves_its_rows_out(tree, monkeypatch):
 
 
 def test_a_packed_file_is_enough_for_ours(tree):
-    kept = loaders._packed(prepare(tree, 1).kept).file.path
+    kept = loaders._packed(prepare(tree, 1).packed).file.path
     content = run(["--data", str(kept), *TINY, "--rows", "torch,dataloader (pil),bare decode"])
     assert [row["name"] for row in content["rows"]] == ["torch", "bare decode"]
     assert "a folder of image files" in content["not_run"]["dataloader (pil)"]
