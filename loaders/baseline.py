@@ -49,7 +49,7 @@ def _two(data, at):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _starts(data, at, text):
-    for k in range(len(text)):
+    for k in range(len(text)):  # noqa: SIM110
         if data[at + k] != text[k]:
             return False
     return True
@@ -274,9 +274,12 @@ def _block(at, end, word, have, filled, dc, ac, dc_codes, ac_codes, natural, blo
         entry = _long(word, entry, True, dc_codes)
         if entry == 0:
             return at, word, have, filled, entry, np.int64(_NO_CODE)
-    word, have, difference = word << np.uint64(entry & 0xFF), have - (entry & 0xFF), entry >> 16
+    word, have, difference = word << np.uint64(entry & 63), have - (entry & 0xFF), entry >> 16
     at, word, have, filled = _fill(at, end, word, have, filled)
-    k, since = np.int64(0), 0  # lookups since bytes were taken up: two take 22 bits at most, and 31 are kept for a long one
+    k, since = (
+        np.int64(0),
+        0,
+    )  # lookups since bytes were taken up: two take 22 bits at most, and 31 are kept for a long one
     while True:
         entry = load_int32(ac, np.int64(word >> shift))
         if entry & 0xFF == 0:
@@ -284,7 +287,7 @@ def _block(at, end, word, have, filled, dc, ac, dc_codes, ac_codes, natural, blo
             if entry == 0:
                 return at, word, have, filled, difference, np.int64(_NO_CODE)
             since = 2
-        word <<= np.uint64(entry & 0xFF)
+        word <<= np.uint64(entry & 63)
         have -= entry & 0xFF
         k += entry >> 8 & 0xFF
         if k > 62:
@@ -424,7 +427,8 @@ def decode_part(data, head, step_4Q, look_8L, code_8C, places, seek_step, scale,
                 if c == 0:
                     y, x = y * head[TALL] + side * (b // head[WIDE]), x * head[WIDE] + side * (b % head[WIDE])
                 if last == _END_OF_BLOCK or side == 1:  # as the transforms round it
-                    value = min(max(((was_C[c] * step_4Q[table, 0] + 4) >> 3) + 128, 0), 255)
+                    dc_value = np.int64(np.int16(was_C[c]))
+                    value = min(max(((dc_value * step_4Q[table, 0] + 4) >> 3) + 128, 0), 255)
                     plane_CYX[c, y : y + side, x : x + side] = value
                     block_64[:] = 0
                     continue

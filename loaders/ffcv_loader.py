@@ -22,7 +22,7 @@ from .show import load_libjpeg
 
 _AHEAD = 3  # batches ready before they are asked for
 _KEPT = 8  # batches whose memory is used again
-_CHUNK = 1 << 12  # samples whose views are computed at once
+AT_ONCE = 1 << 12  # samples whose views are computed at once
 # columns of the table: index in the file, top, left, height, width, flips, and which row of its batch it is
 _INDEX, _BOX, _FLIP_X, _FLIP_Y, _ROW, _SIZE, _COLUMNS = 0, 1, 5, 6, 7, 8, 9
 
@@ -88,13 +88,15 @@ class FfcvLoader(EpochLoader):
         Within a batch they stand in an order that fills the threads alike.
         """
         batch, file = len(parts[0]), self._read.file
-        end = min(begin + max(_CHUNK // batch, _AHEAD + 4), len(parts))
+        end = min(begin + max(AT_ONCE // batch, _AHEAD + 4), len(parts))
         index = np.concatenate(parts[begin:end])
         view = self.spec.view(epoch, index, file.height_N[index], file.width_N[index])
-        # what a sample costs: the data down to its box's end, and the pixels of the box
+        # what a sample costs: the data of its box, or down to its box's end, and the pixels of the box
         top, height, width = view.box_B4[:, 0], view.box_B4[:, 2], view.box_B4[:, 3]
-        down = np.clip((top + height) / file.height_N[index], 0, 1)
-        cost = file.size_N[index] * down + 0.1 * height * width
+        of_height = height if self._read.indexed else top + height
+        of_width = width / file.width_N[index] if self._read.indexed else 1.0
+        share = np.clip(of_height / file.height_N[index], 0, 1) * np.minimum(of_width, 1)
+        cost = file.size_N[index] * share + 0.25 * height * width
         number = np.arange(len(index)) // batch
         dealt = _deal(np.lexsort((-cost, number)), batch, self.workers)
         rows = table[begin * batch : begin * batch + len(index)]
@@ -150,6 +152,7 @@ class FfcvLoader(EpochLoader):
     def describe(self) -> str:
         version = metadata.version("ffcv")  # ffcv.__version__ is that of years ago
         how = "jpeg" if not self._read.raw_N.any() else "raw" if self._read.raw_N.all() else "jpeg and raw"
+        how += ", seek index" if self._read.indexed else ""
         return f"ffcv {version}, {how}, {self.workers} threads, {self._read.file.path} to {self.device}"
 
 

@@ -134,7 +134,9 @@ def pack(
             bad_file.write_text("")
         rows, bad = [*record_N], int((record_N["mode"] == _LEFT_OUT).sum())
         done = len(rows)
-        page = page_for(int((record_N["size"] + record_N["before"]).max(initial=0)) + 4 * vector, _page(dataset, options))
+        page = page_for(
+            int((record_N["size"] + record_N["before"]).max(initial=0)) + 4 * vector, _page(dataset, options)
+        )
         writer = BetonWriter(partial, samples=len(dataset), vector=vector, page=page, at=at)
         try:
             with log.open("ab") as log_to, bad_file.open("a") as bad_to:

@@ -6,9 +6,10 @@ many counters in one call.
 """
 
 import numpy as np
+from numba import njit
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
@@ -23,18 +24,24 @@ def philox(counter_4: tuple, key_2: tuple[int, int]) -> np.ndarray:
     Returns:
         uint32 [4, B].
     """
-    c0, c1, c2, c3 = (np.asarray(c).astype(np.uint64) for c in np.broadcast_arrays(*counter_4))
-    k0, k1 = key_2
-    for _ in range(10):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (product1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
-            product1 & _LOW,
-            (product0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
-            product0 & _LOW,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return np.stack((c0, c1, c2, c3)).astype(np.uint32)
+    counters = np.stack(np.broadcast_arrays(*(np.asarray(c).astype(np.uint64) for c in counter_4)))
+    flat_4N, word_4N = counters.reshape(4, -1), np.empty((4, counters[0].size), dtype=np.uint32)
+    _rounds(flat_4N, np.uint64(key_2[0]), np.uint64(key_2[1]), word_4N)
+    return word_4N.reshape(counters.shape)
+
+
+@njit(cache=True, nogil=True)
+def _rounds(counter_4N, key0, key1, word_4N):
+    """Ten rounds for each column."""
+    for n in range(counter_4N.shape[1]):
+        c0, c1, c2, c3 = counter_4N[0, n], counter_4N[1, n], counter_4N[2, n], counter_4N[3, n]
+        k0, k1 = key0, key1
+        for _ in range(10):
+            product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+            c0, c1 = (product1 >> _SHIFT) ^ c1 ^ k0, product1 & _LOW
+            c2, c3 = (product0 >> _SHIFT) ^ c3 ^ k1, product0 & _LOW
+            k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+        word_4N[0, n], word_4N[1, n], word_4N[2, n], word_4N[3, n] = c0, c1, c2, c3
 
 
 def draw(seed: int, epoch, index_B, purpose: int) -> np.ndarray:

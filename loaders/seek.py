@@ -14,10 +14,10 @@ from numba import njit
 from .baseline import CODES, DAMAGED, HEAD, HEIGHT, LOOK, OTHER, SHOWN, SOUND, TALL, WIDE, WIDTH, read_head, walk
 from .vectors import load_uint8
 
-STEP = 64  # pixels from one place to the next: 2 % of a JPEG's size
-_TAG = b"ft-seek1"
+STEP = 32  # pixels from one place to the next
+TAG = b"ft-seek1"
 _END = struct.Struct(">III8s")  # behind the places: how many bytes they are, MCUs from one to the next, the JPEG's size
-_TAG_8 = np.frombuffer(_TAG, dtype=np.uint8)
+_TAG_8 = np.frombuffer(TAG, dtype=np.uint8)
 END = _END.size
 
 
@@ -35,7 +35,7 @@ def seek_index(jpeg: bytes) -> bytes:
     places = np.zeros(10 * rows * -(-across // step), dtype=np.uint8)
     if walk(data, head, looks, codes, step, places) != SOUND:
         return b""
-    return places.tobytes() + _END.pack(len(places), step, len(jpeg), _TAG)
+    return places.tobytes() + _END.pack(len(places), step, len(jpeg), TAG)
 
 
 def damage(jpeg: bytes) -> str:

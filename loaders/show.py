@@ -126,10 +126,9 @@ def _whole(data, height, width, out_HWC):
     at = about.ctypes.data
     failed = _header(handle, address, size, at, at + 4, at + 8, at + 12) != 0 or about[0] != width or about[1] != height
     if not failed:
-        failed = 0 != _decompress(
-            handle, address, size, out_HWC.ctypes.data,
-            np.int32(out_HWC.shape[1]), np.int32(0), np.int32(out_HWC.shape[0]), np.int32(0), np.int32(0),
-        )  # fmt: skip
+        rows, columns, out = np.int32(out_HWC.shape[0]), np.int32(out_HWC.shape[1]), out_HWC.ctypes.data
+        status = _decompress(handle, address, size, out, columns, np.int32(0), rows, np.int32(0), np.int32(0))
+        failed = status != 0
     _close(handle)
     return not failed
 

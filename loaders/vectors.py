@@ -1,12 +1,13 @@
-"""Inner loops of the JPEG decoder, in vectors that the compiler does not find by itself; and loads and stores.
+"""Inner loops of the JPEG decoder and of the crop, in vectors that the compiler does not find; and loads and stores.
 
-All arithmetic is libjpeg's, to the last bit: what every decoder built on it shows. The inverse DCT is its "islow" form
+The decoder's arithmetic is libjpeg's, to the last bit: what every decoder built on it shows. The inverse DCT is its "islow" form
 (Loeffler, Ligtenberg and Moschytz, ICASSP 1989, in integers of 13 fractional bits; columns first, then rows), whose
 reduced forms make 4 x 4 or 2 x 2 pixels of a block; colours are those of JFIF 1.02 in 16 fractional bits.
 """
 
+import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -256,3 +257,175 @@ def coloured(_, luma, blue, red, out, count):
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 5), codegen
+
+
+# resizing: sums of products of bytes and of weights that are int16, two of them at a time
+
+_MADD, _PACK = "llvm.x86.avx2.pmadd.wd", "llvm.x86.avx2.packssdw"
+_HALF, _SHIFT = 512, 10  # weights are in 1/1024
+ROW, QUAD = 16, 4  # bytes of a row, and output pixels, that are done together
+# how AVX2 interleaves two vectors of 16 numbers, each half for itself: the first and the second four of each half
+_FIRST = [i // 2 + 16 * (i % 2) + 4 * (i // 8) for i in range(16)]
+_SECOND = [i + 4 for i in _FIRST]
+
+
+def _avx2() -> bool:
+    """Whether code is made for a processor with AVX2."""
+    return config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get("avx2"))
+
+
+def _products(x: _Vector, weights: _Vector) -> _Vector:
+    """int32 [8]: x[2 i] weights[2 i] + x[2 i + 1] weights[2 i + 1], of int16 [16]."""
+    build, kind = x.build, x.value.type
+    if _avx2():
+        of = ir.FunctionType(ir.VectorType(_I32, 8), [kind, kind])
+        return x._of(build.call(cgutils.get_or_insert_function(build.module, of, _MADD), [x.value, weights.value]))
+    even, odd = list(range(0, 16, 2)), list(range(1, 16, 2))
+    one, two = (x._of(build.mul(*(v.chosen(v, lanes).as_(_I32).value for v in (x, weights)))) for lanes in (even, odd))
+    return one + two
+
+
+def _narrowed(first: _Vector, second: _Vector) -> _Vector:
+    """int16 [16] of two int32 [8]: first four of each, then the others."""
+    if _avx2():
+        of = ir.FunctionType(ir.VectorType(_I16, 16), [first.value.type] * 2)
+        function = cgutils.get_or_insert_function(first.build.module, of, _PACK)
+        return first._of(first.build.call(function, [first.value, second.value]))
+    return first.chosen(second, [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]).as_(_I16)
+
+
+def _pair(build, weights, at) -> _Vector:
+    """int16 [16]: two weights, again and again."""
+    both = build.load(build.gep(weights, [at]), align=2)
+    one = build.insert_element(ir.Constant(ir.VectorType(_I32, 8), ir.Undefined), both, ir.Constant(_I32, 0))
+    eight = build.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, 8), [0] * 8))
+    return _Vector(build, build.bitcast(eight, ir.VectorType(_I16, 16)))
+
+
+def _half(build) -> _Vector:
+    """What sums begin with, so that they are rounded when the last bits are cut off."""
+    return _Vector(build, ir.Constant(ir.VectorType(_I32, 8), [_HALF] * 8))
+
+
+def _by_count(build, count, most: int, make) -> None:
+    """``make(n)`` where count is n = 1, 2, ... most, without a loop over them; ``make(None)`` for more.
+
+    Loops that end after two or three rounds cost more than what they do.
+    """
+    if most == 0:
+        return make(None)
+    one = build.icmp_signed("==", count, ir.Constant(_I64, most))
+    with build.if_else(one) as (then, otherwise):
+        with then:
+            make(most)
+        with otherwise:
+            _by_count(build, count, most - 1, make)
+    return None
+
+
+def _added(build, count, n: int | None, start: list[_Vector], term) -> list[_Vector]:
+    """``start`` and ``term(0)``, ``term(1)``, ... added: ``n`` terms, or ``count`` where that is None."""
+    if n is not None:
+        for k in range(n):
+            start = [a + b for a, b in zip(start, term(ir.Constant(_I64, k)), strict=True)]
+        return start
+    held = [cgutils.alloca_once(build, v.value.type) for v in start]
+    for place, vector in zip(held, start, strict=True):
+        build.store(vector.value, place)
+    with cgutils.for_range(build, count) as loop:
+        for place, vector in zip(held, term(loop.index), strict=True):
+            build.store((_Vector(build, build.load(place)) + vector).value, place)
+    return [_Vector(build, build.load(place)) for place in held]
+
+
+@intrinsic
+def mixed_rows(_, rows, pitch, count, weights, out, length):
+    """Rows of bytes, weighted and added.
+
+    Addresses of: rows uint8, ``pitch`` bytes from one to the next; weights int16 [count, and a 0 where that is odd]; out
+    uint8 [length]. ``length`` is at least :data:`ROW`.
+    """
+
+    def codegen(context, build, _signature, arguments):
+        rows, pitch, count, weights, out, length = arguments
+        rows, out, weights = (build.inttoptr(a, k.as_pointer()) for a, k in ((rows, _I8), (out, _I8), (weights, _I32)))
+        one, two, n = (ir.Constant(_I64, i) for i in (1, 2, ROW))
+        last, wide = build.sub(length, n), ir.VectorType(_I16, ROW)
+        pairs, last_row = build.udiv(build.add(count, one), two), build.sub(count, one)
+
+        def make(known):
+            with cgutils.for_range(build, build.udiv(build.add(length, ir.Constant(_I64, ROW - 1)), n)) as step:
+                at = build.mul(step.index, n)
+                at = build.select(build.icmp_signed("<", at, last), at, last)  # the last ones once more
+
+                def term(pair):
+                    row = build.mul(pair, two)
+                    after = build.add(row, one)
+                    after = build.select(build.icmp_signed("<", after, last_row), after, last_row)
+                    a, b = (
+                        _Vector(build, build.zext(build.load(_at(build, rows, _I8, place, ROW), align=1), wide))
+                        for place in (build.add(build.mul(r, pitch), at) for r in (row, after))
+                    )
+                    w = _pair(build, weights, pair)
+                    return [_products(a.chosen(b, lanes), w) for lanes in (_FIRST, _SECOND)]
+
+                first, second = (v >> _SHIFT for v in _added(build, pairs, known, [_half(build)] * 2, term))
+                build.store(_narrowed(first, second).as_(_I8).value, _at(build, out, _I8, at, ROW), align=1)
+
+        _by_count(build, pairs, 3, make)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6), codegen
+
+
+@intrinsic
+def mixed_columns(_, rows, pitch, first, weights, pairs, out, out_pitch, quads):
+    """Pixels of two rows, weighted and added: :data:`QUAD` pixels of output at a time.
+
+    Addresses of: rows uint8 [2, pitch], pixels of three bytes, 16 more may be read; first int64 [4 quads], the pixel from
+    which on each output pixel takes some; weights int16 [4 quads, 2 pairs]; out uint8 [2, out_pitch], 4 more are written.
+    """
+
+    def codegen(context, build, _signature, arguments):
+        rows, pitch, first, weights, pairs, out, out_pitch, quads = arguments
+        rows, out, weights, first = (
+            build.inttoptr(a, k.as_pointer()) for a, k in ((rows, _I8), (out, _I8), (weights, _I32), (first, _I64))
+        )
+        nothing = _Vector(build, ir.Constant(ir.VectorType(_I8, 32), [0] * 32))
+        # of each row's 16 bytes the first two pixels', channel beside channel, as 16-bit numbers
+        places = [(r, c, k) for r in range(2) for c in range(4) for k in range(2)]
+        lanes = [lane for r, c, k in places for lane in (16 * r + c + 3 * k if c < 3 else 32, 32)]
+
+        def pixel(quad, i, known):
+            x = build.add(build.mul(quad, ir.Constant(_I64, QUAD)), ir.Constant(_I64, i))
+            begin = build.mul(build.load(build.gep(first, [x])), ir.Constant(_I64, 3))
+            table = build.mul(x, pairs if known is None else ir.Constant(_I64, known))
+
+            def term(pair):
+                at = build.add(begin, build.mul(pair, ir.Constant(_I64, 6)))
+                a, b = (
+                    _Vector(build, build.load(_at(build, rows, _I8, place, 16), align=1))
+                    for place in (at, build.add(at, pitch))
+                )
+                spread = a.chosen(b, list(range(32))).chosen(nothing, lanes)
+                x16 = _Vector(build, build.bitcast(spread.value, ir.VectorType(_I16, 16)))
+                return [_products(x16, _pair(build, weights, build.add(table, pair)))]
+
+            return _added(build, pairs, known, [_half(build)], term)[0] >> _SHIFT
+
+        def make(known):
+            with cgutils.for_range(build, quads) as quad:
+                narrow = [pixel(quad.index, i, known) for i in range(QUAD)]
+                # row by row, pixel by pixel, without every fourth byte
+                left, right = _narrowed(*narrow[:2]), _narrowed(*narrow[2:])
+                both = left.as_(_I8).chosen(right.as_(_I8), list(range(32)))
+                to = build.mul(quad.index, ir.Constant(_I64, 3 * QUAD))
+                for row in range(2):
+                    line = [16 * (i // 6) + 8 * row + i % 6 // 3 * 4 + i % 3 if i < 12 else 3 for i in range(16)]
+                    place = build.add(to, out_pitch) if row else to
+                    build.store(both.chosen(both, line).value, _at(build, out, _I8, place, 16), align=1)
+
+        _by_count(build, pairs, 3, make)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 8), codegen

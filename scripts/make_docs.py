@@ -82,6 +82,35 @@ def kernel_table() -> str:
     return "\n".join(lines)
 
 
+def loader_table() -> str:
+    """The newest CPU result of ``bench loaders``: a line for each row, images a second at each size."""
+    path = max((ROOT / "benchmarks/results").glob("*-loaders-cpu.json"))
+    content = json.loads(path.read_text())
+    speeds: dict[str, dict[int, dict]] = {}
+    for row in content["rows"]:
+        speeds.setdefault(row["name"], {})[row["size"]] = row
+    sizes = sorted({size for row in speeds.values() for size in row})
+    best = speeds["ffcv"]
+    heads = [h for size in sizes for h in (f"{size} px", "`ffcv` is faster by")]
+    lines = [f"| images/s | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
+    for name, of in speeds.items():
+        if name != "synthetic":
+            cells = [c for s in sizes for c in (f"{of[s]['images_per_s']:.0f}", _times(best[s], of[s], name))]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    machine, versions = content["environment"]["machine"], content["environment"]["versions"]
+    views = ", ".join(f"{100 * row['share']:.1f} % at {row['size']} px" for row in content["views_and_order"])
+    lines += [
+        "",
+        f"{machine['cpu']}, {content['workers']} cores, torch {versions['torch']}; kept in `{path.relative_to(ROOT)}`. Order and "
+        f"views take {views} of an epoch of `ffcv`.",
+    ]
+    return "\n".join(lines)
+
+
+def _times(best: dict, other: dict, name: str) -> str:
+    return "" if name == "ffcv" else f"{best['images_per_s'] / other['images_per_s']:.2f} x"
+
+
 def marked(page: str, mark: str, table: str) -> str:
     """A page with what stands between the comments of that mark replaced."""
     text = (ROOT / page).read_text()
@@ -94,6 +123,7 @@ def main() -> int:
     wanted = {
         "docs/fields.md": field_pages(),
         "README.md": marked("README.md", "demo", demo_table()),
+        "docs/data.md": marked("docs/data.md", "loaders", loader_table()),
         "docs/kernels.md": marked("docs/kernels.md", "kernels", kernel_table()),
     }
     stale = [name for name, text in wanted.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..beton import RAW, Beton, read_beton
 from ..decode import decode
+from ..seek import TAG
 from .base import Dataset, Encoded, split_off
 
 _MAX_CLASSES = 100_000  # where nothing names them: a label beyond is no class
@@ -25,6 +26,13 @@ class Packed(Encoded):
     def data(self) -> np.ndarray:
         """The whole file: uint8, read-only."""
         return np.memmap(self.file.path, dtype=np.uint8, mode="r").view(np.ndarray)
+
+    @cached_property
+    def indexed(self) -> bool:
+        """Whether the first JPEG has a seek index before it (``loaders/seek.py``); then all have that can."""
+        first = np.flatnonzero(~self.raw_N)[:1]
+        at = int(self.file.ptr_N[first[0]]) if len(first) else 0
+        return self.data[at - len(TAG) : at].tobytes() == TAG if at else False
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k != "data"}

@@ -28,7 +28,7 @@ def beton(tmp_path) -> Path:
     """90 JPEGs of two sizes in three classes."""
     sizes = ((40, 30), (33, 52))
     tree = samples.image_tree(tmp_path / "tree", dict.fromkeys("abc", 30), sizes=sizes, suffix=".jpg")
-    pack(open_dataset("folder", tree), tmp_path / "set.beton", seekable=True, workers=1)
+    pack(open_dataset("folder", tree), tmp_path / "set.beton", workers=1)
     return tmp_path / "set.beton"
 
 
@@ -108,7 +108,7 @@ def test_a_changed_set_is_refused(packed, beton):
     shutil.copy(beton.parent / "tree/a/003.jpg", beton.parent / "tree/a/004.jpg")
     for file in (beton, Path(f"{beton}.json")):
         file.unlink()
-    pack(open_dataset("folder", beton.parent / "tree"), beton, seekable=True, workers=1)
+    pack(open_dataset("folder", beton.parent / "tree"), beton, workers=1)
     with pytest.raises(ValueError, match=r"^data: .*set\.beton has changed since the run in .*smoke began$"):
         fit(recipe)
 

@@ -13,7 +13,7 @@ from fasttrain.loaders.pack import pack
 
 from fasttrain.cli import main
 from tests.loaders import samples
-from tests.loaders.test_seekable import jpeg, photo
+from tests.loaders.jpegs import jpeg, photo
 
 
 @pytest.fixture
@@ -31,6 +31,7 @@ def test_packs_and_is_done(fasttrain, data, tmp_path, monkeypatch, capsys):
     assert (ran.returncode, ran.stdout) == (0, said), ran.stderr
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["x.beton", "x.beton.bad.jsonl", "x.beton.json"]
     assert len(open_dataset("beton", tmp_path / "made/x.beton")) == 18
+    assert json.loads((tmp_path / "made/x.beton.json").read_text())["options"]["seek"]
     monkeypatch.chdir(tmp_path)
     assert main(["pack", "folder", "--root", "data", "--out", "made/x.beton", "--json"]) == 0  # nothing is left to do
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "made/x.beton.json").read_text())
@@ -38,12 +39,12 @@ def test_packs_and_is_done(fasttrain, data, tmp_path, monkeypatch, capsys):
 
 def test_check(data, tmp_path, capsys):
     out = tmp_path / "x.beton"
-    assert main(["pack", "folder", "--root", str(data), "--out", str(out), "--seekable", "--max-size", "30"]) == 0
+    assert main(["pack", "folder", "--root", str(data), "--out", str(out), "--no-seek", "--max-size", "30"]) == 0
     assert "18 images" in capsys.readouterr().out
     assert main(["pack", "--check", str(out)]) == 0
     about = json.loads(Path(f"{out}.json").read_text())
     assert capsys.readouterr().out == f"{out} is as it was packed: 18 samples, SHA-256 {about['sha256']}\n"
-    assert about["options"] == {"max_size": 30, "square": 0, "quality": 90, "raw": False, "seekable": True}
+    assert about["options"] == {"max_size": 30, "square": 0, "quality": 90, "raw": False, "seek": False}
     assert main(["pack", "--check", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == about
     with out.open("r+b") as file:
@@ -69,7 +70,7 @@ MISTAKES = {
     "quality": (["folder", "--root", "data", "--out", "x.beton", "--quality", "101"], "--quality: 101 is not between 1 and 100"),
     "square": (["folder", "--root", "data", "--out", "x.beton", "--square", "-4"], "--square: sides go from 0"),
     "workers": (["folder", "--root", "data", "--out", "x.beton", "--workers", "-2"], "--workers: -2 is below 0"),
-    "two options": (["folder", "--root", "data", "--out", "x.beton", "--raw", "--seekable"], "--seekable is of JPEGs"),
+    "an older option": (["folder", "--root", "data", "--out", "x.beton", "--seekable"], "what is '--seekable'?"),
     "out is a folder": (["folder", "--root", "data", "--out", "data"], "data is there already, and no data.json says what"),
     "out below a file": (["folder", "--root", "data", "--out", "data/a/000.jpg/x"], "cannot write data/a/000.jpg/x.partial"),
     "nothing to check": (["--check", "x.beton"], "there is no x.beton.json: only files made by fasttrain pack have a checksum"),

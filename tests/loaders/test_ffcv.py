@@ -116,7 +116,7 @@ def test_memory_is_used_again_when_nobody_holds_it():
 
 def test_rows_are_computed_a_little_ahead(spec, monkeypatch):
     """Also where an epoch is longer than what is computed at once."""
-    monkeypatch.setattr(ffcv_loader, "_CHUNK", 4)
+    monkeypatch.setattr(ffcv_loader, "AT_ONCE", 4)
     filled = []
     fill = ffcv_loader.FfcvLoader._fill
 
@@ -204,4 +204,8 @@ def test_what_it_cannot_serve(spec, monkeypatch):
 
 def test_it_says_what_it_does(spec):
     said = open_loader("ffcv", spec, workers=3).describe()
-    assert said.startswith("ffcv 1.") and "jpeg, 3 threads" in said and str(spec.dataset.read.file.path) in said
+    assert (
+        said.startswith("ffcv 1.")
+        and "jpeg, seek index, 3 threads" in said
+        and str(spec.dataset.read.file.path) in said
+    )

@@ -23,12 +23,12 @@ from fasttrain.loaders.datasets.base import Encoded, Files, Pixels
 from fasttrain.loaders.decode import decode
 from fasttrain.loaders.pack import check, pack
 from fasttrain.loaders.resample import centre_square
-from fasttrain.loaders.seekable import TAG
+from fasttrain.loaders.seek import END, seek_index
 from PIL import Image
 
 from . import samples
+from .jpegs import jpeg, photo
 from .test_more_datasets import devkit, ids, members, shard
-from .test_seekable import jpeg, photo
 
 ENDS = (".partial", ".partial.log", ".json.partial")
 
@@ -131,25 +131,65 @@ def test_what_is_decoded_is_what_was_saved(every_kind):
         assert every_kind.read.size(i) == every_kind.read(i).shape[:2], names(every_kind)[i]
 
 
-@pytest.mark.parametrize("seekable", [False, True])
-def test_jpegs_keep_their_bytes_and_others_are_encoded(every_kind, tmp_path, seekable):
-    about = pack(every_kind, tmp_path / "x.beton", quality=85, seekable=seekable)
-    packed = open_dataset("beton", tmp_path / "x.beton")
-    kept = jpegs_kept() | {"last.jpg": b""}
+def index_of(path: Path, sample: int, size: int) -> bytes:
+    """So many bytes that lie before a sample's image."""
+    ptr = int(read_beton(path).ptr_N[sample])
+    return path.read_bytes()[ptr - size : ptr]
+
+
+@pytest.mark.parametrize("seek", [False, True])
+def test_jpegs_keep_their_bytes_and_others_are_encoded(every_kind, tmp_path, seek):
+    """And each one's index lies right before it, where no other reader looks."""
+    out = tmp_path / "x.beton"
+    about = pack(every_kind, out, quality=85, seek=seek)
+    packed = open_dataset("beton", out)
+    kept, without = jpegs_kept() | {"last.jpg": b""}, 0
     assert (about["samples"], about["kept"], about["bad"]) == (len(every_kind), len(kept), 0)
     for i, name in enumerate(names(every_kind)):
         source, content = every_kind.read(i), packed.read.encoded(i).tobytes()
         if name in kept:
             assert (packed.read(i) == source).all(), name
-            assert seekable or content == every_kind.read.encoded(i).tobytes(), name
+            assert content == every_kind.read.encoded(i).tobytes(), name
         else:
-            anew = jpeg(Image.fromarray(source), quality=85)
-            assert seekable or content == anew, name
-            assert (packed.read(i) == decode(anew, "")).all(), name
-        assert (TAG in content) == (seekable and name != "progressive.jpg"), name
+            assert content == jpeg(Image.fromarray(source), quality=85), name
+            assert (packed.read(i) == decode(content, "")).all(), name
+        index = seek_index(content)
+        without += index == b""
+        assert (index == b"") == (name in ("progressive.jpg", "rgb.jpg")), name
+        assert (index_of(out, i, len(index)) == index) == (seek or not index), name
+        assert index or index_of(out, i, 8) != b"ft-seek1", name
         assert packed.read.size(i) == packed.read(i).shape[:2] == source.shape[:2]
+    assert without == 2 and about["options"]["seek"] == seek
     assert left_over(tmp_path) == [] and not (tmp_path / "x.beton.bad.jsonl").exists()
-    assert check(tmp_path / "x.beton") == about == json.loads((tmp_path / "x.beton.json").read_text())
+    assert check(out) == about == json.loads((tmp_path / "x.beton.json").read_text())
+
+
+@pytest.mark.parametrize("options", [{}, {"square": 24}, {"max_size": 20}])
+def test_an_index_costs_its_bytes_and_nothing_else_changes(tmp_path, options):
+    """The same records but for the places; no index is in the table of allocations."""
+    source = tree(tmp_path / "in", {f"{i}.jpg": jpeg(photo(60 + i, 40)) for i in range(9)})
+    files = []
+    for seek in (True, False):
+        pack(source, tmp_path / f"{seek}.beton", seek=seek, **options)
+        files.append(read_beton(tmp_path / f"{seek}.beton"))
+    indexed, bare = files
+    for name in ("mode_N", "height_N", "width_N", "size_N", "targets_N"):
+        assert (getattr(indexed, name) == getattr(bare, name)).all()
+    gaps = np.diff(indexed.ptr_N) - indexed.size_N[:-1]
+    assert (np.diff(bare.ptr_N) == bare.size_N[:-1]).all()
+    packed = open_dataset("beton", indexed.path)
+    assert gaps.tolist() == [len(seek_index(packed.read.encoded(i).tobytes())) for i in range(1, 10)]
+    assert gaps.min() > END
+
+
+def test_pixels_have_no_index(every_kind, tmp_path):
+    """Asked for or not, raw files are the same but for what they say of it."""
+    files = []
+    for seek in (True, False):
+        about = pack(every_kind, tmp_path / f"{seek}.beton", raw=True, seek=seek)
+        assert about["options"]["seek"] == seek
+        files.append((tmp_path / f"{seek}.beton").read_bytes())
+    assert files[0] == files[1] and b"ft-seek1" not in files[0]
 
 
 def test_raw_keeps_every_pixel(every_kind, tmp_path):
@@ -201,7 +241,6 @@ def test_quality_is_of_those_encoded_here(tmp_path):
         ({"quality": 0}, "--quality: 0 is not between 1 and 100"),
         ({"max_size": -1}, "--max-size, --square: sides go from 0"),
         ({"square": 70_000}, "--max-size, --square: sides go from 0"),
-        ({"raw": True, "seekable": True}, "--seekable is of JPEGs"),
         ({"workers": -1}, "--workers: -1 is below 0"),
     ],
 )
@@ -551,7 +590,7 @@ def stopped(source: Dataset, out: Path, at: int = 60) -> None:
 def test_a_stopped_packing_of_other_data_is_not_gone_on_with(tmp_path, often):
     source, out = mixed(tmp_path / "in"), tmp_path / "x.beton"
     stopped(source, out)
-    for options in ({"quality": 50}, {"max_size": 30}, {"raw": True}, {"seekable": True}):
+    for options in ({"quality": 50}, {"max_size": 30}, {"raw": True}, {"seek": False}):
         with pytest.raises(ValueError, match=r"its options changed since the packing into .*x\.beton\.partial began"):
             pack(source, out, **options)
     os.utime(tmp_path / "in/a/003.jpg", (1, 1))
@@ -712,22 +751,8 @@ def test_a_file_that_is_cut_off_anywhere_is_refused(packed_file, tmp_path, besid
     whole = path.read_bytes()
     table = int(np.frombuffer(whole, HEADER, 1)["table"][0])
     head = HEADER.itemsize + 2 * FIELD.itemsize + 16 * records(1).itemsize
-    for end in (
-        0,
-        1,
-        23,
-        24,
-        1000,
-        head - 1,
-        head,
-        1 << 20,
-        table - 1,
-        table,
-        table + 1,
-        table + 48,
-        len(whole) - 24,
-        len(whole) - 1,
-    ):
+    ends = [0, 1, 23, 24, 1000, head - 1, head, 1 << 20, table - 1, table, table + 1, table + 48]
+    for end in [*ends, len(whole) - 24, len(whole) - 1]:
         path.write_bytes(whole[:end])
         with pytest.raises(ValueError, match=r"cut/x\.beton"):
             open_dataset("beton", path)
