@@ -27,6 +27,19 @@ def cut_one(image_HWC: np.ndarray, view: View, b: int, out_SSC: np.ndarray) -> N
     cut_into(image_HWC, top, left, height, width, view.flip_B2[b, 0], view.flip_B2[b, 1], out_SSC)
 
 
+def centre_square(image_HWC: np.ndarray, side: int) -> np.ndarray:
+    """The centre square of one image, resized to ``side`` pixels: uint8 [side, side, 3].
+
+    Not by :func:`fasttrain.loaders.resample.cut`: loaders' processes call this, and MKL's matrix product, called in a
+    process that was forked from one with threads, may never return.
+    """
+    height, width = image_HWC.shape[:2]
+    short, out_SSC = min(height, width), np.empty((side, side, 3), dtype=np.uint8)
+    top, left = (height - short) // 2, (width - short) // 2
+    cut_into(np.ascontiguousarray(image_HWC), top, left, short, short, False, False, out_SSC)
+    return out_SSC
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def weights(start, length, begin_there, end_there, size, flip, first_S, count_S, weight_ST):
     """Triangle-filter weights in 1/1024, as ``resample._weights`` has them.

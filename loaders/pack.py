@@ -22,12 +22,12 @@ import numpy as np
 from PIL import Image
 
 from .beton import JPEG, MAX_SIDE, RAW, BetonWriter, new_images, page_for, read_beton
+from .crop import centre_square
 from .datasets import Dataset
 from .datasets.base import Encoded
 from .datasets.beton import Packed, classes_sha256, compress, read_side_file, side_file
 from .decode import decode, is_plain
 from .jpeg import read_header
-from .resample import centre_square
 from .seek import damage, seek_index
 
 _SYNC_BYTES = 64 << 20  # written between two points to which a stopped packing goes back

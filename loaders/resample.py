@@ -51,16 +51,6 @@ def cut_from_store(store_NHWC: Tensor, index_B: np.ndarray, view: View, size: in
     return cut(store_NHWC[torch.from_numpy(index_B).to(store_NHWC.device)], view, size)
 
 
-def centre_square(image_HWC: np.ndarray, side: int) -> np.ndarray:
-    """The centre square of one image, resized to ``side`` pixels: uint8 [side, side, C]."""
-    height, width = image_HWC.shape[:2]
-    short = min(height, width)
-    box_B4 = np.array([[(height - short) // 2, (width - short) // 2, short, short]])
-    view = View(box_B4, np.zeros((1, 2), dtype=bool), np.zeros(1, dtype=np.int64))
-    out_1CSS = cut(torch.from_numpy(np.require(image_HWC, requirements=["C", "W"]))[None], view, side)
-    return out_1CSS[0].permute(1, 2, 0).contiguous().numpy()
-
-
 def _round(sum_: Tensor) -> Tensor:
     """Sums of weight x pixel back to whole pixel values, still as float32."""
     return (sum_ * (1.0 / _ONE) + 0.5).floor_()

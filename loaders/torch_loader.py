@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 
 from .base import EpochLoader, LoaderSpec, read_or_stand_in
 from .batch import Batch
-from .crop import cut_one
-from .resample import centre_square
+from .crop import centre_square, cut_one
 from .views import View
 
 _AHEAD = 4  # batches a worker

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..crop import centre_square
 from ..decode import decode, image_size, read_bytes
 from ..order import order
-from ..resample import centre_square
 
 _SPLIT_SEED = 0  # splits are part of a data set: no setting changes who is in them
 

@@ -158,11 +158,27 @@ def test_only_what_is_shown_is_decoded(libjpeg):
     content, ends = encoded(photo(160, 120), "4:2:0"), bytes([255, 217])  # "the image ends here"
     at = read_header(content).data + 30
     early = content[:at] + ends + content[at + 2 :]
-    late = content[: -len(content) // 4]
-    late += (50 * ends).ljust(len(content) - len(late), b"\0")
+    rest = len(content) // 8 * 2
+    late = content[:-rest] + rest // 2 * ends
     for index, found in ((b"", BAD), (seek_index(content), DONE)):
         for broken, top, status in ((early, 0, BAD), (early, 100, found), (late, 0, DONE), (late, 100, BAD)):
             assert shown(broken, (160, 120), (top, 0, 60, 120), (0, 0), 64, index=index)[0] == status
+
+
+def test_zeros_in_place_of_an_images_end_are_bad(libjpeg):
+    """As a file system leaves them after a crash: many codes are made of zeros, and may make up a whole picture."""
+    missed = []
+    for quality in (50, 90):
+        for part in range(2, 12):
+            content = encoded(photo(64, 64), "4:2:0", quality=quality)
+            size = len(content) // part
+            broken = content[:-size] + bytes(size)
+            with pytest.raises(ValueError, match="cannot read the image"):
+                decode(broken, "")
+            for index in (b"", seek_index(content)):
+                if shown(broken, (64, 64), (0, 0, 64, 64), (0, 0), 40, index=index)[0] != BAD:
+                    missed.append((quality, part, len(index)))
+    assert missed == []
 
 
 @pytest.mark.parametrize("made", ["4:2:0", "4:1:1", "progressive"])

@@ -50,11 +50,11 @@ def photographs(root: Path, count: int = 40) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """Packed sets by name: JPEGs as they are, seekable, pixels, and squares of one size (which can be resident)."""
+    """Packed sets by name: JPEGs without and with a seek index, pixels, and squares of one size (which can be resident)."""
     root = tmp_path_factory.mktemp("packed")
     tree = open_dataset("folder", photographs(root / "tree"))
-    options: dict = {"kept": {}, "seekable": {"seekable": True}, "raw": {"raw": True}}
-    options["square"] = {"square": 64, "seekable": True}
+    options: dict = {"no index": {"seek": False}, "index": {}, "raw": {"raw": True}, "square": {"square": 64}}
+    options["square, no index"] = {"square": 64, "seek": False}
     for name, how in options.items():
         pack(tree, root / f"{name}.beton", workers=1, **how)
     return {name: open_dataset("beton", root / f"{name}.beton") for name in options}
@@ -63,7 +63,7 @@ def packed(tmp_path_factory):
 @pytest.fixture
 def opened(need):
     """``opened(name, spec, workers)``, and afterwards no process and no thread of a loader is left."""
-    before, loaders = set(threading.enumerate()), []
+    before, loaders = running(), []
 
     def make(name: str, spec: LoaderSpec, workers: int = 1):
         if name in ("ffcv", "dali"):
@@ -78,26 +78,30 @@ def opened(need):
     assert_nothing_left(before)
 
 
-def assert_nothing_left(threads_before: set, seconds: float = 3) -> None:
+def running() -> set:
+    """Threads of this process, and the processes that it has started."""
+    return {t for t in threading.enumerate() if t.is_alive()} | children()
+
+
+def assert_nothing_left(before: set, seconds: float = 3) -> None:
+    """Nothing runs that did not run before: other tests of this process may have left something."""
     end = time.monotonic() + seconds
-    while True:
-        left = [t for t in threading.enumerate() if t not in threads_before and t.is_alive()]
-        if not left and not children():
-            return
-        assert time.monotonic() < end, (left, children())
+    while left := running() - before:
+        assert time.monotonic() < end, left
         time.sleep(0.05)
 
 
-def children() -> list[int]:
-    """Processes that this one has started and that still run."""
-    found = []
+def children() -> set[int]:
+    """Processes that this one has started and that still run, but for the one by which Python counts shared memory."""
+    found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            command = (stat.parent / "cmdline").read_bytes()
         except OSError:  # it ended just now
             continue
-        if int(parent) == os.getpid() and state != "Z":
-            found.append(int(stat.parent.name))
+        if int(parent) == os.getpid() and state != "Z" and b"resource_tracker" not in command:
+            found.add(int(stat.parent.name))
     return found
 
 
@@ -161,7 +165,7 @@ def test_order_labels_and_views(opened, packed, name, workers, walk):
             assert_same(got, list(reference))
 
 
-@pytest.mark.parametrize("kind", ["kept", "seekable", "raw"])
+@pytest.mark.parametrize("kind", ["no index", "index", "raw"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_ffcv_shows_what_torch_shows(opened, packed, kind, plan):
     """Byte for byte, but where a box is at least twice the output: there a smaller inverse DCT decodes."""
@@ -183,7 +187,7 @@ def test_ffcv_shows_what_torch_shows(opened, packed, kind, plan):
         assert difference[scaled].mean() < 3 and difference.max() < 5
 
 
-@pytest.mark.parametrize("kind", ["kept", "seekable", "raw"])
+@pytest.mark.parametrize("kind", ["no index", "index", "raw"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_dali_shows_nearly_what_torch_shows(opened, packed, kind, plan):
     spec = spec_of(packed[kind], plan=plan, still=66)
@@ -375,6 +379,7 @@ def damaged(file: Path, to: Path, **how: str) -> Dataset:
             start, size = (int(a[int(sample[1:])]) for a in (records.ptr_N, records.size_N))
             at, content = {
                 "head": (0, bytes(40)),
+                # the end marker is lost, too; DALI, and ours before a cut, take some of these for whole images
                 "cut off": (size // 2, bytes(size - size // 2)),  # the end marker is lost, too
                 "8 bytes": (size // 2, bytes(8)),  # libjpeg warns, and makes a picture of it
             }[kind]
@@ -386,34 +391,34 @@ def damaged(file: Path, to: Path, **how: str) -> Dataset:
 @pytest.mark.parametrize("kind", ["head", "cut off"])
 @pytest.mark.parametrize(("name", "workers"), EVERY)
 def test_a_damaged_sample_is_named_where_it_is_used(opened, packed, tmp_path, name, workers, kind):
-    bad = damaged(packed["square"].read.file.path, tmp_path / "bad", s11=kind)
+    bad = damaged(packed["square"].read.file.path, tmp_path / "bad", s21=kind)
     spec = spec_of(bad, plan=evaluation(), shuffle=False)
-    said = f"cannot read the image {re.escape(str(bad.read.file.path))}, sample 11: "
+    said = f"cannot read the image {re.escape(str(bad.read.file.path))}, sample 21: "
     if name == "resident":
         with pytest.raises(ValueError, match=said):
             opened(name, spec)
         return
-    before, loader, served = set(threading.enumerate()), opened(name, spec, workers), []
+    before, loader, served = running(), opened(name, spec, workers), []
     with pytest.raises(ValueError, match=said):
         for batch in loader:
             served.append(batch)
     assert_nothing_left(before)
-    assert len(served) == 1
-    assert loader.state_dict() == {"epoch": 0, "batch": 1}
+    assert len(served) == 3
+    assert loader.state_dict() == {"epoch": 0, "batch": 3}
     loader.set_epoch(0)  # and again
-    assert_same([next(iter(loader))], served)
+    assert_same([next(iter(loader))], served[:1])
 
 
 @pytest.mark.parametrize(("name", "workers"), EVERY)
 def test_stand_ins(opened, packed, tmp_path, name, workers):
     """The next good one of the split, with its own index, label and view; counted once."""
-    bad = damaged(packed["square"].read.file.path, tmp_path / "bad", s11="head", s12="cut off", s38="cut off")
+    bad = damaged(packed["square"].read.file.path, tmp_path / "bad", s21="head", s22="cut off", s38="cut off")
     spec = spec_of(bad, plan=ViewPlan(crop="pad", pad=3, flip="both"), on_bad_sample="skip", index_N=np.arange(1, 39))
     loader = opened(name, spec, workers)
     for epoch in range(2):
         got = list(loader)
         index = spec.epoch_order(epoch).copy()
-        for number, instead in ((11, 13), (12, 13), (38, 1)):
+        for number, instead in ((21, 23), (22, 23), (38, 1)):
             index[index == number] = instead
         assert (torch.cat([b.index for b in got]).numpy() == index).all()
         assert (torch.cat([b.targets for b in got]).numpy() == bad.targets_N[index]).all()
@@ -421,14 +426,14 @@ def test_stand_ins(opened, packed, tmp_path, name, workers):
         for batch in got:
             for i, pixels in zip(batch.index.tolist(), batch.pixels, strict=True):
                 assert torch.equal(rows.setdefault(i, pixels), pixels)  # its own view
-        clean = replace(spec, dataset=packed["square"], index_N=np.setdiff1d(spec.index_N, [11, 12, 38]))
+        clean = replace(spec, dataset=packed["square"], index_N=np.setdiff1d(spec.index_N, [21, 22, 38]))
         reference = opened("torch", clean, 0)
         reference.set_epoch(epoch)
         for batch in reference:
             for i, pixels in zip(batch.index.tolist(), batch.pixels, strict=True):
                 difference = (rows[i].float() - pixels.float()).abs().mean()
                 assert difference < 2 if name == "dali" else difference == 0
-    assert sorted(loader.bad) == [11, 12, 38]
+    assert sorted(loader.bad) == [21, 22, 38]
     assert all(f"sample {i}: " in why for i, why in loader.bad.items())
 
 
@@ -441,8 +446,11 @@ def test_nothing_can_stand_in(opened, packed, tmp_path, name, workers):
 
 @pytest.mark.parametrize(("name", "workers"), EVERY)
 def test_damage_that_libjpeg_makes_a_picture_of(opened, packed, tmp_path, name, workers):
-    """Only warnings: nobody is told, but all loaders show the same (`fasttrain pack --check` finds it)."""
-    bad = damaged(packed["square"].read.file.path, tmp_path / "bad", s11="8 bytes", s20="8 bytes")
+    """Only warnings: nobody is told, but all loaders show the same (`fasttrain pack --check` finds it).
+
+    With an index the ffcv loader shows better ones, since it begins anew at every place.
+    """
+    bad = damaged(packed["square, no index"].read.file.path, tmp_path / "bad", s11="8 bytes", s20="8 bytes")
     spec = spec_of(bad, plan=evaluation(), shuffle=False)
     got, expected = list(opened(name, spec, workers)), list(opened("torch", spec, 0))
     assert_same(got, expected, pixels=name != "dali")
@@ -451,7 +459,7 @@ def test_damage_that_libjpeg_makes_a_picture_of(opened, packed, tmp_path, name, 
 
 @pytest.mark.parametrize(("name", "workers"), WAYS)
 def test_an_error_where_the_batches_are_used(opened, packed, name, workers):
-    before = set(threading.enumerate())
+    before = running()
     loader = opened(name, spec_of(packed["square"], batch=2), workers)
     with pytest.raises(KeyboardInterrupt):
         for _ in loader:
@@ -464,12 +472,13 @@ def test_an_error_where_the_batches_are_used(opened, packed, name, workers):
 def test_a_loader_that_is_dropped(need, packed, name, workers):
     if name in ("ffcv", "dali"):
         need(name)
-    before = set(threading.enumerate())
+    before = running()
     loader = open_loader(name, spec_of(packed["square"], batch=2), workers=workers)
     iterator = iter(loader)
     next(iterator)
-    assert name == "torch" or len(set(threading.enumerate()) - before) > 0
-    assert not (name == "torch" and workers) or len(children()) == workers
+    new = running() - before
+    assert name == "torch" or any(isinstance(one, threading.Thread) for one in new)
+    assert not (name == "torch" and workers) or len(new & children()) == workers
     start = time.monotonic()
     del loader, iterator
     gc.collect()
@@ -478,13 +487,13 @@ def test_a_loader_that_is_dropped(need, packed, name, workers):
 
 
 def test_a_killed_worker_is_an_error(opened, packed):
+    before = children()
     loader = opened("torch", spec_of(packed["square"], batch=1), 2)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"worker \(pid.*\) (is killed|exited unexpectedly)"):
-        for _ in range(99):
-            for _ in loader:
-                for child in children():
-                    os.kill(child, signal.SIGKILL)
+        for _ in loader:  # one of them: each that ends raises the error once more, wherever Python is then
+            os.kill(min(children() - before), signal.SIGKILL)
+            time.sleep(15)  # here
     assert time.monotonic() - start < 20
 
 

@@ -12,6 +12,7 @@ import torch
 from fasttrain.loaders import LoaderSpec, ViewPlan, choose_loader, evaluation, open_dataset, open_loader
 from fasttrain.loaders import choose as choosing
 from fasttrain.loaders.pack import pack
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import samples
 
@@ -66,6 +67,24 @@ def test_pixel_for_pixel(tree, changes, workers):
             same(a, b)
             assert a.pixels.shape[1:] == (3, 16, 16)
             assert a.pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_no_matrix_product_in_a_worker(tree):
+    """In a process that was forked from one with threads MKL's may go round forever."""
+
+    class NoProducts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert not re.search("mm|addmv|matmul|linear|conv", function.name()), function.name()
+            return function(*args, **(kwargs or {}))
+
+    for changes in PLANS.values():
+        loader, seen = open_loader("torch", spec_of(tree, **changes)), 0
+        with NoProducts():
+            for batch in loader:
+                seen += len(batch)
+        assert seen >= 28
+    with pytest.raises(AssertionError, match="mm"), NoProducts():
+        torch.ones(2, 2) @ torch.ones(2, 2)
 
 
 @pytest.mark.parametrize("still", [0, 50])

@@ -19,10 +19,10 @@ import pytest
 from fasttrain.loaders import Dataset, open_dataset
 from fasttrain.loaders import pack as pack_module
 from fasttrain.loaders.beton import ALLOCATION, FIELD, HEADER, JPEG, RAW, BetonWriter, new_images, read_beton, records
+from fasttrain.loaders.crop import centre_square
 from fasttrain.loaders.datasets.base import Encoded, Files, Pixels
 from fasttrain.loaders.decode import decode
 from fasttrain.loaders.pack import check, pack
-from fasttrain.loaders.resample import centre_square
 from fasttrain.loaders.seek import END, seek_index
 from PIL import Image
 

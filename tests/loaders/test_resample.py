@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from fasttrain.loaders.resample import centre_square, cut, cut_from_store
+from fasttrain.loaders.crop import centre_square
+from fasttrain.loaders.resample import cut, cut_from_store
 from fasttrain.loaders.views import View, ViewPlan
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,7 +109,9 @@ def test_a_store_is_cut_like_a_batch():
 def test_centre_square():
     image = photographs(1, 30, 50)[0].numpy()
     assert (centre_square(image, 30) == image[:, 10:40]).all()
-    assert centre_square(image, 12).shape == (12, 12, 3)
+    view = View(np.array([[0, 10, 30, 30]]), np.zeros((1, 2), dtype=bool), np.zeros(1, dtype=np.int64))
+    expected = cut(torch.from_numpy(image)[None], view, 12)[0].permute(1, 2, 0)
+    assert (centre_square(image, 12) == expected.numpy()).all()
 
 
 @pytest.mark.gpu
