@@ -10,7 +10,7 @@
   --square      bring all images to centre squares of this side, in pixels
   --quality     of JPEGs that have to be encoded (others keep their bytes), 1 to 100; 90 if not given
   --raw         keep pixels instead of JPEGs: many times the space, no decoding
-  --no-seek     leave out the index by which a crop costs its own share of a JPEG, not the whole (2 % of the size)
+  --no-seek     leave out the index by which a crop costs its own share of a JPEG, not the whole (a few percent of the size)
   --workers     threads; all cores if not given
 
 Every image is decoded once. What is damaged or no image is left out and listed in FILE.bad.jsonl with the reason; PNG,

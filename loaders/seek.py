@@ -11,7 +11,7 @@ import struct
 import numpy as np
 from numba import njit
 
-from .baseline import CODES, DAMAGED, HEAD, HEIGHT, LOOK, OTHER, SHOWN, SOUND, TALL, WIDE, WIDTH, read_head, walk
+from .huffman import CODES, DAMAGED, HEAD, HEIGHT, LOOK, OTHER, SHOWN, SOUND, TALL, WIDE, WIDTH, read_head, walk
 from .vectors import load_uint8
 
 STEP = 32  # pixels from one place to the next

@@ -17,7 +17,7 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
-from . import baseline, crop, seek, vectors
+from . import baseline, crop, huffman, seek, vectors
 from .baseline import decode_box
 from .crop import cut_into
 from .seek import END, index_before
@@ -25,7 +25,7 @@ from .seek import END, index_before
 DONE, BAD = 0, 1
 _NAMES = ("libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib")
 # numba keeps compiled code until the function's own file changes: what comes from others has to be a part of its key
-_MADE_OF = zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (baseline, crop, seek, vectors)))
+_MADE_OF = zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (baseline, crop, huffman, seek, vectors)))
 
 _open = types.ExternalFunction("tjInitDecompress", types.intp())
 _close = types.ExternalFunction("tjDestroy", types.int32(types.intp))

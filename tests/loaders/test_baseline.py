@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
-from fasttrain.loaders.baseline import (
+from fasttrain.loaders.baseline import decode_box
+from fasttrain.loaders.decode import decode
+from fasttrain.loaders.huffman import (
     BASELINE,
     CODES,
     HEAD,
@@ -12,11 +14,9 @@ from fasttrain.loaders.baseline import (
     SOUND,
     TALL,
     WIDE,
-    decode_box,
     read_head,
     walk,
 )
-from fasttrain.loaders.decode import decode
 from fasttrain.loaders.jpeg import DHT, SOS, read_header
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
