@@ -1,6 +1,5 @@
 """What this machine has, which back end each part uses, and why."""
 
-import importlib
 import os
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from . import kernels
 from .device import choose_device, choose_dtype, cpu_name
 from .environment import versions
-from .loaders.choose import missing_part
+from .loaders.choose import import_part, missing_part
 from .loaders.show import load_libjpeg
 
 OPTIONAL = {
@@ -26,7 +25,7 @@ def available(part: str) -> tuple[bool, str]:
     """Whether an optional part can be imported here, and if not, why."""
     module, purpose = OPTIONAL[part]
     try:
-        importlib.import_module(module)
+        import_part(module)
     except Exception as error:  # a broken installation can raise anything
         return False, f"{type(error).__name__}: {' '.join(str(error).split())[:160]} ({purpose})"
     return True, purpose

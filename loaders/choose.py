@@ -32,10 +32,19 @@ def choose_loader(spec: LoaderSpec, device: torch.device | str = "cpu") -> tuple
     return "torch", f"{sizes}{hint}"
 
 
+def import_part(module: str) -> None:
+    """Imports an optional part. FFCV sets PyTorch's threads to 1 for the whole process; they are set back."""
+    threads = torch.get_num_threads()
+    try:
+        importlib.import_module(module)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def missing_part(module: str) -> str:
     """Why a module cannot be imported; empty if it can."""
     try:
-        importlib.import_module(module)
+        import_part(module)
     except Exception as error:  # a broken installation can raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return ""

@@ -16,6 +16,7 @@ import torch
 
 from .base import EpochLoader, LoaderSpec, read_or_stand_in
 from .batch import Batch
+from .choose import missing_part
 from .crop import cut_one
 from .datasets.beton import Packed
 from .show import load_libjpeg
@@ -172,7 +173,8 @@ class _Memory:
         others = [(a, to) for a, to in self._lent if a is not array and len(a) >= n]
         lent = array[:n]
         self._lent = [*others[1 - _KEPT :], (array, weakref.ref(lent))]
-        return torch.from_numpy(lent).copy_(bytes_)
+        lent[:] = bytes_.numpy()  # PyTorch would copy in several threads, which then wait for more, and keep cores busy
+        return torch.from_numpy(lent)
 
 
 def _deal(sorted_N: np.ndarray, batch: int, hands: int) -> np.ndarray:
@@ -209,12 +211,9 @@ def _next(running) -> np.ndarray:
 
 
 def _need_ffcv() -> None:
-    try:
-        import ffcv  # noqa: F401
-    except Exception as error:  # a broken installation can raise anything
-        raise ValueError(
-            f"data.loader: ffcv needs FFCV: pip install 'fasttrain[ffcv]' ({type(error).__name__}: {error})"
-        ) from error
+    missing = missing_part("ffcv")
+    if missing:
+        raise ValueError(f"data.loader: ffcv needs FFCV: pip install 'fasttrain[ffcv]' ({missing})")
     load_libjpeg()
 
 

@@ -1,5 +1,6 @@
 """What only the ffcv loader has: FFCV's thread and ring of memory, its process-wide settings, files that it wrote."""
 
+import subprocess
 import sys
 import threading
 import time
@@ -149,6 +150,22 @@ def test_nothing_in_the_process_changes(spec):
     assert torch.get_num_threads() == 2
     assert torch.equal(torch.get_rng_state(), state[0]) and np.random.get_state()[1].tolist() == state[1]
     assert not epoch_threads()
+
+
+def test_importing_it_changes_nothing_either():
+    """FFCV sets PyTorch's threads to 1 when it is imported: training on the CPU would go on with one."""
+    code = """
+import torch
+from fasttrain.doctor import available
+from fasttrain.loaders.choose import missing_part
+torch.set_num_threads(2)
+print(missing_part("ffcv"), available("ffcv")[0], torch.get_num_threads())
+import ffcv.pipeline.compiler
+ffcv.pipeline.compiler.Compiler.set_num_threads(1)
+print(torch.get_num_threads())
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.split() == ["True", "2", "1"], ran.stderr  # the 1: what FFCV does if nobody minds
 
 
 def test_one_thread_while_it_iterates(spec):
