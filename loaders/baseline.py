@@ -192,7 +192,8 @@ def decode_box(data, height, width, places, seek_step, scale, top, left, bottom,
     smooth = side > 1 and -(-width * side // (8 * half_x)) > 2
     line_2X, sum_X = np.empty((2, 2 * chroma_w), dtype=np.uint8), np.empty(chroma_w + 2, dtype=np.int16)
     row_4X = np.empty((4, 3 * TOGETHER), dtype=np.uint8)  # for a box that is narrower than what is done together
-    luma, chroma, line, to = plane.ctypes.data, plane[1].ctypes.data, line_2X.ctypes.data, out.ctypes.data
+    luma, line, to = plane.ctypes.data, line_2X.ctypes.data, out.ctypes.data
+    chroma = luma + plane.shape[1] * plane.shape[2]
     pitch, begin = plane.shape[2], left - start_x
     for y in range(rows):
         at = y + top - start_y

@@ -120,23 +120,27 @@ def cut_into(image_HWC, top, left, height, width, flip_x, flip_y, out_SSC, first
     pitch, out_pitch = count + 3 * most + 16, QUAD * 3 * quads + 4  # behind a row's end more is read and written
     block, lines = np.zeros((2, pitch), dtype=np.uint8), np.empty((2, out_pitch), dtype=np.uint8)
     source, out = image_HWC.reshape(rows, columns * 3), out_SSC.reshape(size, line)
-    from_, weigh, blocks = image_HWC.ctypes.data + 3 * low, weight_y.ctypes.data, block.ctypes.data
-    firsts, weigh_x, to = x_S.ctypes.data, weight_x.ctypes.data, lines.ctypes.data
+    # addresses are taken where they are used: numba frees an array after its own last use, whoever still has its address
     for s in range(0, size, 2):
         for r in range(min(2, size - s)):
             n, first = rows_S[s + r], y_S[s + r]
             if n == 0:
                 block[r, :count] = 0
             elif count >= ROW:
-                start = from_ + first * columns * 3
-                mixed_rows(start, columns * 3, n, weigh + 2 * taps_y * (s + r), blocks + r * pitch, count)
+                start, by = (
+                    source.ctypes.data + 3 * (first * columns + low),
+                    weight_y.ctypes.data + 2 * taps_y * (s + r),
+                )
+                mixed_rows(start, columns * 3, n, by, block.ctypes.data + r * pitch, count)
             else:
                 for j in range(count):
                     total = _ONE // 2
                     for k in range(n):
                         total += np.int64(weight_y[s + r, k]) * np.int64(source[first + k, 3 * low + j])
                     block[r, j] = total // _ONE
-        mixed_columns(blocks, pitch, firsts, weigh_x, weight_x.shape[1] // 2, to, out_pitch, quads)
+        mixed_columns(
+            block.ctypes.data, pitch, x_S.ctypes.data, weight_x.ctypes.data, most // 2, lines.ctypes.data, out_pitch, quads
+        )  # fmt: skip
         for r in range(min(2, size - s)):
             out[s + r] = lines[r, :line]
 

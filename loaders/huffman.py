@@ -318,7 +318,7 @@ def walk(data, head, look_8L, code_8C, seek_step, places):
     across, down = -(-head[WIDTH] // (8 * wide)), -(-head[HEIGHT] // (8 * tall))
     start, end = data.ctypes.data + head[SCAN], data.ctypes.data + len(data)
     block_64, was_C = np.zeros(64, dtype=np.int16), np.zeros(4, dtype=np.int64)
-    block, natural, looks, codes = block_64.ctypes.data, NATURAL.ctypes.data, look_8L.ctypes.data, code_8C.ctypes.data
+    looks, codes = look_8L.ctypes.data, code_8C.ctypes.data
     at, word, have, filled, to = start, np.uint64(0), np.int64(0), np.int64(0), 0
     for number in range(across * down):
         if head[RESTART] and number and number % head[RESTART] == 0:
@@ -339,7 +339,7 @@ def walk(data, head, look_8L, code_8C, seek_step, places):
             for _ in range(head[WIDE + c] * head[TALL + c]):
                 at, word, have, filled, difference, last = read_block(
                     at, end, word, have, filled, looks + (4 << LOOK) * dc, looks + (4 << LOOK) * ac,
-                    codes + 4 * CODES * dc, codes + 4 * CODES * ac, natural, block,
+                    codes + 4 * CODES * dc, codes + 4 * CODES * ac, NATURAL.ctypes.data, block_64.ctypes.data,
                 )  # fmt: skip
                 if have < filled + (16 if last == _NO_CODE else 0):
                     return ENDS
