@@ -97,7 +97,7 @@ def loader_table() -> str:
         if name != "synthetic":
             cells = [c for s in sizes for c in (f"{of[s]['images_per_s']:.0f}", _times(best[s], of[s], name))]
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    machine, versions = content["environment"]["machine"], content["environment"]["versions"]
+    machine, versions = content["machine"], content["versions"]
     views = ", ".join(f"{100 * row['share']:.1f} % at {row['size']} px" for row in content["views_and_order"])
     lines += [
         "",
