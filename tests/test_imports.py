@@ -1,6 +1,7 @@
 """The direction of imports (docs/architecture.md)."""
 
 import ast
+import gc
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,21 @@ FORBIDDEN = {
 }
 
 
+def parsed(path: Path) -> ast.AST:
+    """Python 3.11's parser fails (gh-106905) where the garbage collector calls numba's finalizers in the middle of it."""
+    gc.disable()
+    try:
+        return ast.parse(path.read_text())
+    finally:
+        gc.enable()
+
+
 def imported(path: Path) -> set[str]:
     """Parts of fasttrain that a file imports: ``fasttrain.sources`` and ``from .sources`` are both ``sources``;
     any import of fasttrain from outside its folder also counts as ``fasttrain``."""
     out: set[str] = set()
     inside = path.relative_to(ROOT).parts[0] == "fasttrain"
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         names = []
         if isinstance(node, ast.Import):
             names = [a.name for a in node.names]
