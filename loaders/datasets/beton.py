@@ -29,7 +29,7 @@ class Packed(Encoded):
 
     @cached_property
     def indexed(self) -> bool:
-        """Whether the first JPEG has a seek index before it (``loaders/seek.py``); then all have that can."""
+        """Whether the first JPEG has a seek index before it (``loaders/seek.py``): a guess at what samples cost."""
         first = np.flatnonzero(~self.raw_N)[:1]
         at = int(self.file.ptr_N[first[0]]) if len(first) else 0
         return self.data[at - len(TAG) : at].tobytes() == TAG if at else False
