@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from .files import write_whole
+from .files import interrupts_wait, write_whole
 
 FORMAT = 1
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes a checkpoint whole: a run killed meanwhile leaves the one before it."""
-    write_whole(path, lambda file: torch.save(content | {"format": FORMAT}, file))
+    """Writes a checkpoint whole: a run killed meanwhile leaves the one before it; Ctrl-C waits until it is written."""
+    with interrupts_wait():
+        write_whole(path, lambda file: torch.save(content | {"format": FORMAT}, file))
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""Checkpoints and Ctrl-C."""
+
+import signal
+import threading
+
+import pytest
+import torch
+
+from fasttrain import checkpoint
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Ctrl-C arrives while a checkpoint is being written, in the middle of its tensors."""
+    save = torch.save
+
+    def interrupt(content, file):
+        class Interrupting:
+            def write(self, data):
+                signal.raise_signal(signal.SIGINT)
+                return file.write(data)
+
+            def flush(self):
+                file.flush()
+
+        save(content, Interrupting())
+
+    monkeypatch.setattr(torch, "save", interrupt)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_waits_for_it(tmp_path, interrupted):
+    content = {"tensor": torch.randn(1000), "name": "x"}
+    with pytest.raises(KeyboardInterrupt) as raised:
+        checkpoint.save(tmp_path / "last.pt", content)
+    assert raised.value.__context__ is None
+    read = checkpoint.load(tmp_path / "last.pt")
+    assert torch.equal(read["tensor"], content["tensor"])
+    with pytest.raises(KeyboardInterrupt):  # and works as before from then on
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_not_lost_where_writing_fails(tmp_path, monkeypatch):
+    def full(content, file):
+        signal.raise_signal(signal.SIGINT)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        checkpoint.save(tmp_path / "last.pt", {})
+    assert isinstance(raised.value.__context__, OSError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_thread_can_save(tmp_path):
+    thread = threading.Thread(target=checkpoint.save, args=(tmp_path / "last.pt", {"a": 1}))
+    thread.start()
+    thread.join()
+    assert checkpoint.load(tmp_path / "last.pt")["a"] == 1
