@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from .files import interrupts_wait, write_whole
+from . import interrupts
+from .files import write_whole
 
 FORMAT = 1
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Writes a checkpoint whole: a run killed meanwhile leaves the one before it; Ctrl-C waits until it is written."""
-    with interrupts_wait():
+    with interrupts.held(firm=True):
         write_whole(path, lambda file: torch.save(content | {"format": FORMAT}, file))
 
 

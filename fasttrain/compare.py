@@ -3,6 +3,7 @@
 import fcntl
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import report
+from . import interrupts, report
 from .build import Parts, build
 from .device import choose_device, set_up
 from .files import write_json
@@ -138,8 +139,13 @@ def _side_by_side(jobs: list[Job], count: int, root: Path, watch) -> list[dict[s
     lines: Any = context.Queue()
     threads = _shared_out(torch.get_num_threads(), len(jobs), count)
     summaries: dict[int, dict[str, Any]] = {}
-    with ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(lines, os.getpid())) as pool:
-        futures = {pool.submit(_train_in_worker, _with_threads(job, threads[i]), root): i for i, job in enumerate(jobs)}
+    with (
+        interrupts.held(),
+        ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(lines, os.getpid())) as pool,
+    ):
+        with _deaf_children():
+            work = [pool.submit(_train_in_worker, _with_threads(job, threads[i]), root) for i, job in enumerate(jobs)]
+        futures = {future: i for i, future in enumerate(work)}
         try:
             while len(summaries) < len(jobs):
                 _pass_on(lines, watch)
@@ -152,6 +158,16 @@ def _side_by_side(jobs: list[Job], count: int, root: Path, watch) -> list[dict[s
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [summaries[i] for i in range(len(jobs))]
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started in the block do not hear Ctrl-C, from their first moment on: this one ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _shared_out(threads: int, jobs: int, count: int) -> list[int]:
@@ -167,6 +183,7 @@ def _with_threads(job: Job, threads: int) -> Job:
 def _pass_on(lines, watch) -> None:
     try:
         while True:
+            interrupts.check()
             watch(*lines.get(timeout=0.2))
     except Empty:
         return
@@ -178,7 +195,6 @@ _LINES: Any = None
 def _start_worker(lines, parent: int) -> None:
     """Takes the queue for the log's lines, and ends this process if the one that started it dies."""
     import ctypes
-    import signal
 
     global _LINES
     _LINES = lines

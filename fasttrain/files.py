@@ -2,10 +2,7 @@
 
 import json
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,22 +29,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-@contextmanager
-def interrupts_wait() -> Iterator[None]:
-    """Ctrl-C within the block takes effect at its end: for code that makes another exception of it, as torch.save does."""
-    if threading.current_thread() is not threading.main_thread():  # only that one is interrupted
-        yield
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            signal.raise_signal(signal.SIGINT)
 
 
 def remove_unfinished(folder: Path) -> None:

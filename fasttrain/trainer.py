@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint
+from . import checkpoint, interrupts
 from .build import Parts
 from .environment import environment
 from .files import remove_unfinished, write_json, write_text
@@ -71,15 +71,16 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end, tests the selected weights once, and returns what goes into summary.json."""
-        try:
-            while self.epoch < self.recipe.optim.epochs and not self.finished:
-                self._train_epoch()
-                self._end_epoch()
-            return self._finish()
-        finally:
-            self.log.close()
-            for loader in self.parts.loaders.values():
-                loader.close()
+        with interrupts.held():
+            try:
+                while self.epoch < self.recipe.optim.epochs and not self.finished:
+                    self._train_epoch()
+                    self._end_epoch()
+                return self._finish()
+            finally:
+                self.log.close()
+                for loader in self.parts.loaders.values():
+                    loader.close()
 
     def _train_epoch(self) -> None:
         self.target.train()
@@ -93,6 +94,7 @@ class Trainer:
                 break
             self._take_step(batch)
             self.step += 1
+            interrupts.check()
             images += len(batch)
             if self.step % run.log_every == 0:
                 self._log_steps(images, time.perf_counter() - mark)
@@ -270,5 +272,6 @@ def evaluate(parts: Parts, target: torch.nn.Module, split: str) -> dict[str, flo
         with torch.autocast(parts.device.type, parts.dtype, enabled=parts.dtype != torch.float32):
             logits.append(target(network_input(batch.pixels, mean, std)).logits_BK.float())
         targets.append(batch.targets)
+        interrupts.check()
     loader.close()
     return parts.task.evaluate(torch.cat(logits), torch.cat(targets))

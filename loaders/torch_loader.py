@@ -4,7 +4,9 @@ Worker processes live as long as the loader, decode with torchvision's libjpeg-t
 batches of uint8, pinned where a GPU waits for them.
 """
 
+import os
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,6 +45,9 @@ class TorchLoader(EpochLoader):
                 pin_memory=self.device.type == "cuda",
                 persistent_workers=self.workers > 0,
                 prefetch_factor=_AHEAD if self.workers else None,
+                # not what Python prefers at the moment: a process that starts anew takes seconds to import PyTorch
+                multiprocessing_context="fork" if self.workers else None,
+                worker_init_fn=partial(_leave_with, os.getpid()),
             )
         for item in self._loader:
             if self._turn is not turn:  # PyTorch would leave out batches
@@ -80,6 +85,12 @@ class _Walk:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+def _leave_with(parent: int, worker: int) -> None:
+    """PyTorch's workers end when their parent has died, but wait forever if it died before they looked first."""
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _as_is(item):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+from fasttrain import interrupts
 from fasttrain.files import remove_unfinished, write_whole
 from fasttrain.loaders import Batch, LoaderSpec
 from fasttrain.loaders.base import EpochLoader
@@ -112,16 +114,16 @@ def _fill(missing: list[tuple[SourceNetwork, Path]], spec: LoaderSpec, open_load
     kept = np.float32 if dtype == torch.float32 else np.float16
     tables = [np.empty((spec.plan.views, len(spec.index_N), n.spec.classes), dtype=kept) for n, _ in missing]
     sources = LiveSources([n for n, _ in missing], dtype)
-    loader = open_loader(spec)
-    for view in range(spec.plan.views):
-        loader.set_epoch(view)
-        row = 0
-        for batch in loader:
-            parts = sources(batch).logits_BC.split(list(sources.class_counts), dim=1)
-            for table, logits_BC in zip(tables, parts, strict=True):
-                table[view, row : row + len(batch)] = logits_BC.float().cpu().numpy()
-            row += len(batch)
-    loader.close()
+    with interrupts.held(), closing(open_loader(spec)) as loader:
+        for view in range(spec.plan.views):
+            loader.set_epoch(view)
+            row = 0
+            for batch in loader:
+                parts = sources(batch).logits_BC.split(list(sources.class_counts), dim=1)
+                for table, logits_BC in zip(tables, parts, strict=True):
+                    table[view, row : row + len(batch)] = logits_BC.float().cpu().numpy()
+                row += len(batch)
+                interrupts.check()
     for (_, path), table in zip(missing, tables, strict=True):
         write_whole(path, partial(_save, table))
 
