@@ -4,6 +4,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from .files import write_json
 from .log import Watcher
 from .recipe import Recipe, row
 from .trainer import Trainer
+
+_PATIENCE = 10.0  # seconds for a run side by side to end the step it is at
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,23 @@ def _side_by_side(jobs: list[Job], count: int, root: Path, watch) -> list[dict[s
                     summaries[futures[future]] = future.result()
             _pass_on(lines, watch)
         except BaseException:
-            for process in list(pool._processes.values()):
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
+            _end(pool)
             raise
     return [summaries[i] for i in range(len(jobs))]
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """Lets the processes end the step they are at; those that take longer are killed."""
+    processes, latest = list(pool._processes.values()), time.monotonic() + _PATIENCE
+    for process in processes:
+        process.terminate()
+    pool.shutdown(wait=False, cancel_futures=True)
+    try:
+        for process in processes:
+            process.join(max(latest - time.monotonic(), 0))
+    finally:  # at once after a second Ctrl-C
+        for process in processes:
+            process.kill()
 
 
 @contextmanager
@@ -193,15 +208,22 @@ _LINES: Any = None
 
 
 def _start_worker(lines, parent: int) -> None:
-    """Takes the queue for the log's lines, and ends this process if the one that started it dies."""
+    """Takes the queue for the log's lines; ends this process after its step when told to, at once if its parent dies."""
     import ctypes
 
     global _LINES
     _LINES = lines
+    signal.signal(signal.SIGTERM, partial(_told_to_end, os.getpid()))
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _told_to_end(worker: int, number, frame) -> None:
+    if os.getpid() != worker or not interrupts.note():
+        os._exit(1)
+    _LINES.cancel_join_thread()  # nobody reads them any more
 
 
 def _train_in_worker(job: Job, root: Path) -> dict[str, Any]:

@@ -45,6 +45,13 @@ def held(*, firm: bool = False) -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+def note() -> bool:
+    """Counts as Ctrl-C if it is being held, and says whether it is: for other signals' handlers."""
+    if _HELD:
+        _HELD[-1].came = True
+    return bool(_HELD)
+
+
 def check() -> None:
     """Raises KeyboardInterrupt if Ctrl-C came while it was held."""
     if _HELD and _HELD[-1].came:
