@@ -1,4 +1,4 @@
-"""Checkpoints and Ctrl-C."""
+"""Checkpoints, and Ctrl-C, which waits for them and for the end of a step."""
 
 import signal
 import threading
@@ -6,7 +6,15 @@ import threading
 import pytest
 import torch
 
-from fasttrain import checkpoint
+from fasttrain import checkpoint, interrupts
+
+
+@pytest.fixture(autouse=True)
+def pythons_own_handler():
+    """Where tests run side by side it is another."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -56,3 +64,24 @@ def test_a_thread_can_save(tmp_path):
     thread.start()
     thread.join()
     assert checkpoint.load(tmp_path / "last.pt")["a"] == 1
+
+
+def test_ctrl_c_is_held_until_checked_and_a_second_one_is_not():
+    with interrupts.held():
+        interrupts.check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+        interrupts.check()  # it is raised once
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    with pytest.raises(KeyboardInterrupt), interrupts.held():  # noted by a block within: raised at the outer one's end
+        with interrupts.held(firm=True):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached
+    assert not interrupts.note()
