@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"there is no command {given[0]!r}; there are {', '.join(COMMANDS)}")
         return command(given[1:])
     except KeyboardInterrupt:
-        print("fasttrain: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"fasttrain: stopped{_GOES_ON.get(given[0], '')}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
@@ -160,6 +160,10 @@ def _doctor(given: list[str]) -> int:
     return 0
 
 
+_GOES_ON = {
+    "train": "; the same command goes on from the last checkpoint",
+    "pack": "; the same command goes on where it was",
+}
 SUITES = ("kernels", "loaders")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,

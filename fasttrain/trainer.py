@@ -6,6 +6,7 @@ knows nothing of the command line, and nothing of which loader, method or kind o
 
 import math
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -266,12 +267,11 @@ def evaluate(parts: Parts, target: torch.nn.Module, split: str) -> dict[str, flo
     target.eval()
     mean, std = (torch.tensor(v, device=parts.device) for v in (parts.recipe.data.mean, parts.recipe.data.std))
     logits, targets = [], []
-    loader = parts.loaders[split]
-    loader.set_epoch(0)
-    for batch in loader:
-        with torch.autocast(parts.device.type, parts.dtype, enabled=parts.dtype != torch.float32):
-            logits.append(target(network_input(batch.pixels, mean, std)).logits_BK.float())
-        targets.append(batch.targets)
-        interrupts.check()
-    loader.close()
+    with interrupts.held(), closing(parts.loaders[split]) as loader:
+        loader.set_epoch(0)
+        for batch in loader:
+            with torch.autocast(parts.device.type, parts.dtype, enabled=parts.dtype != torch.float32):
+                logits.append(target(network_input(batch.pixels, mean, std)).logits_BK.float())
+            targets.append(batch.targets)
+            interrupts.check()
     return parts.task.evaluate(torch.cat(logits), torch.cat(targets))
