@@ -205,6 +205,7 @@ def _pass_on(lines, watch) -> None:
 
 
 _LINES: Any = None
+_ENDS = False  # this process was told to
 
 
 def _start_worker(lines, parent: int) -> None:
@@ -221,12 +222,16 @@ def _start_worker(lines, parent: int) -> None:
 
 
 def _told_to_end(worker: int, number, frame) -> None:
+    global _ENDS
+    _ENDS = True
     if os.getpid() != worker or not interrupts.note():
         os._exit(1)
     _LINES.cancel_join_thread()  # nobody reads them any more
 
 
 def _train_in_worker(job: Job, root: Path) -> dict[str, Any]:
+    if _ENDS:  # the pool hands out one job more than there are processes
+        raise KeyboardInterrupt
     set_up(job.recipe.run, choose_device(job.recipe.run.device))
     return _train(job, root, lambda line: _LINES.put((job.label, line)))
 

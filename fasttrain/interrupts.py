@@ -41,8 +41,8 @@ def held(*, firm: bool = False) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
         _HELD.remove(note)
-        if note.came:
-            signal.raise_signal(signal.SIGINT)
+        if note.came and callable(before):  # Python's own, or the block's around this one
+            before(signal.SIGINT, None)
 
 
 def note() -> bool:

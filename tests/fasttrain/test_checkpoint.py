@@ -85,3 +85,19 @@ def test_ctrl_c_is_held_until_checked_and_a_second_one_is_not():
         reached = True
     assert reached
     assert not interrupts.note()
+
+
+def test_what_is_noted_within_is_not_lost_where_the_signal_is_blocked():
+    """As in runs side by side, which are told to end by another signal."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with interrupts.held():
+            with interrupts.held(firm=True):
+                assert interrupts.note()
+            with pytest.raises(KeyboardInterrupt):
+                interrupts.check()
+        with pytest.raises(KeyboardInterrupt), interrupts.held():
+            interrupts.note()
+        assert signal.SIGINT not in signal.sigpending()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -128,7 +128,7 @@ def session(leader: int) -> list[str]:
 
 @pytest.mark.parametrize(
     ("loader", "how"),
-    [("ffcv", ()), ("torch", ()), ("torch", ("--run.seeds", "2", "--run.parallel", "2"))],
+    [("ffcv", ()), ("torch", ()), ("torch", ("--run.seeds", "3", "--run.parallel", "2"))],
     ids=["ffcv", "torch", "side by side"],
 )
 def test_ctrl_c(tmp_path, beton, need, loader, how):
