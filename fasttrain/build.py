@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .device import choose_device, choose_dtype
+from .device import choose_compile, choose_device, choose_dtype
 from .kernels import SoftTargetLoss
 from .loaders import (
     Dataset,
@@ -25,7 +25,8 @@ from .loaders.base import EpochLoader
 from .methods import METHODS, Method
 from .models import Target, build_backbone
 from .recipe import Recipe
-from .sources import LiveSources, RecalledSources, SourceNetwork, open_source, recalled
+from .sources import RecalledSources, SourceBank, SourceNetwork, open_source
+from .sources.recall import label_form, open_files
 from .tasks import SingleLabel
 from .transfer import AuxiliaryHead, LinearHead, TransferModule
 
@@ -45,36 +46,59 @@ class Parts:
     task: SingleLabel
     method: Method
     networks: list[SourceNetwork]
+    loader_name: str
+    compile: str
     log: list[str]
 
-    def open_sources(self, folder: Path, report: Callable[[str], None]) -> LiveSources | RecalledSources | None:
-        """The sources ready to be asked: None without any, recalled where the recipe allows it, else live.
+    @property
+    def source_spec(self) -> LoaderSpec:
+        """Of a loader that shows the sources what they want to see."""
+        return replace(self.train_spec, still=self.recipe.transfer.still)
+
+    def open_sources(
+        self, folder: Path, report: Callable[[str], None], *, in_memory: bool = True
+    ) -> SourceBank | RecalledSources | None:
+        """The sources ready to be asked: None without any, recalled where the recipe says so, else live.
 
         Args:
-            folder: of the tables of recalled soft targets.
+            folder: of recalled soft labels, unless the recipe names one.
             report: takes a line on what is being done, or is not and why.
+            in_memory: keep recalled soft labels on the device, if they fit into ``transfer.recall_gib``.
+
+        Raises:
+            ValueError: a strategy that cannot run here, or recalled soft labels of something else.
         """
         if not self.networks:
             return None
         transfer = self.recipe.transfer
-        live = LiveSources(self.networks, self.dtype)
-        if not recalls(self.recipe):
-            return live
+
+        def bank() -> SourceBank:
+            compiles = self.compile != "off"
+            return SourceBank(self.networks, self.dtype, strategy=transfer.bank, compiles=compiles, report=report)
+
         drifting = [n.spec.name for n in self.networks if n.spec.batch_norm == "batch"]
-        if drifting:
-            report(f"soft targets are not recalled: {drifting[0]} has batch_norm: batch, which no table can hold")
-            return live
-        gib = table_bytes(self.recipe, len(self.train_spec.index_N), self.dtype) / 2**30
-        if gib > transfer.recall_gib:
-            report(f"soft targets are not recalled: {gib:.1f} GiB is over transfer.recall_gib {transfer.recall_gib:g}")
-            return live
-        return recalled(
+        if not recalls(self.recipe) or drifting:
+            if recalls(self.recipe):
+                report(f"soft targets are not recalled: {drifting[0]} has batch_norm: batch, which no cache can hold")
+            return bank()
+        files = open_files(
             self.networks,
-            replace(self.train_spec, still=transfer.still),
-            self.open_loader,
-            folder=folder,
+            self.source_spec,
+            folder=Path(transfer.cache) if transfer.cache else folder,
             dtype=self.dtype,
+            top=transfer.recall_top,
+            strict=transfer.cache is not None,
+            report=report,
+        )
+        fits = label_bytes(self.recipe, len(self.train_spec.index_N), self.dtype) <= transfer.recall_gib * 2**30
+        return RecalledSources(
+            bank,
+            files,
+            names=[n.spec.name for n in self.networks],
+            index_N=self.train_spec.index_N,
             device=self.device,
+            still=transfer.still > 0,
+            in_memory=in_memory and fits,
             report=report,
         )
 
@@ -88,6 +112,8 @@ def build(recipe: Recipe) -> Parts:
     device = choose_device(recipe.run.device)
     dtype, why = choose_dtype(recipe.run.precision, device)
     log = [f"device: {device}, {str(dtype).removeprefix('torch.')} ({why})"]
+    compile_, why = choose_compile(recipe.run.compile, device)
+    log += [f"compiled: {compile_} ({why})"]
     dataset = open_data(recipe)
     if dataset.multi_label:
         raise ValueError(f"data.name: {dataset.name} is multi-label, and there is no task for that: it can be packed")
@@ -123,6 +149,8 @@ def build(recipe: Recipe) -> Parts:
         task=task,
         method=method,
         networks=networks,
+        loader_name=name,
+        compile=compile_,
         log=log,
     )
 
@@ -157,8 +185,9 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
         )
     if data.drop_last and data.batch > len(index_N):
         raise ValueError(f"data.batch: {data.batch} is more than the {len(index_N)} images, and data.drop_last is set")
-    plan = ViewPlan(data.crop, data.pad, data.min_area, data.centre_share, data.flip, data.views)
-    # recalled sources look at the images once, through a loader of their own
+    every = recipe.transfer.every_view and recalls(recipe) and bool(recipe.chosen_sources())
+    plan = ViewPlan(data.crop, data.pad, data.min_area, data.centre_share, data.flip, data.views, every)
+    # recalled sources look at an image only as long as a label is missing; the trainer asks for stills then
     still = recipe.transfer.still if recipe.chosen_sources() and not recalls(recipe) else 0
     train = LoaderSpec(
         dataset=dataset,
@@ -261,10 +290,12 @@ def build_method(recipe: Recipe, task: SingleLabel, device: torch.device) -> tup
 
 def recalls(recipe: Recipe) -> bool:
     """Whether the recipe's soft targets are meant to be recalled."""
-    return recipe.transfer.recall and recipe.data.views > 0
+    return recipe.transfer.recall and (recipe.data.views > 0 or recipe.transfer.every_view)
 
 
-def table_bytes(recipe: Recipe, samples: int, dtype: torch.dtype) -> int:
-    """Size of the recalled soft targets of all chosen sources."""
-    classes = sum(s.classes for s in recipe.chosen_sources())
-    return recipe.data.views * samples * classes * (4 if dtype == torch.float32 else 2)
+def label_bytes(recipe: Recipe, samples: int, dtype: torch.dtype) -> int:
+    """Size of the recalled soft labels of all chosen sources, of so many samples in every view."""
+    data, transfer = recipe.data, recipe.transfer
+    plan = ViewPlan(data.crop, data.pad, flip=data.flip, views=data.views, every=transfer.every_view)
+    each = sum(label_form(s.classes, dtype, transfer.recall_top).record_bytes for s in recipe.chosen_sources())
+    return plan.count * samples * each

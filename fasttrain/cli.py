@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 USAGE = """\
 usage: fasttrain COMMAND ...
@@ -19,7 +20,9 @@ usage: fasttrain COMMAND ...
                                          figures of a run's folder or checkpoint (--json)
   export RUN --out FILE                  the trained target alone, as an exported program (.pt2)
   pack DATASET --root DIR --out FILE     one .beton for FFCV and DALI, every image checked (`fasttrain pack -h`)
-  bench loaders|kernels [--json FILE]    speed beside others' in the same run (`fasttrain bench loaders -h`)
+  cache RECIPE [--field value ...]       soft labels ahead of a run (`fasttrain cache -h`)
+  bench loaders|kernels|sources|transfer|step [--json FILE]
+                                             speed beside others' in the same run (`fasttrain bench loaders -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
 
 `fasttrain train --help` explains every field.
@@ -130,6 +133,42 @@ def _pack(given: list[str]) -> int:
     return packing.main(given)
 
 
+def _cache(given: list[str]) -> int:
+    from . import recipe
+
+    if _asks_help(given):
+        from . import caching
+
+        print(caching.__doc__)
+        return 0
+    given, as_json = _flag(given, "--json")
+    given, part = _option(given, "--part")
+    name, rest = _name(given)
+    if name is None:
+        raise ValueError("cache needs a recipe: a packaged name such as demo, or a YAML file")
+    what, its_part = recipe.load(name, rest), _part(part) if part else (0, 1)
+    from rich.console import Console
+
+    from . import caching, show
+
+    console = Console(stderr=as_json)
+    with show.FillBar(console) as bar:
+        content = caching.run(what, bar.note, bar, its_part)
+    if as_json:
+        print(json.dumps(content, indent=2))
+    for file in content["files"] if not as_json else ():
+        console.print("{path}: {labels} labels, {mib:.1f} MiB on the disk".format(mib=file["bytes"] / 2**20, **file), **_PLAIN)
+    return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    """``1/4`` -> (0, 4)."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"--part: {text!r} is not a part such as 1/4")
+    return int(number) - 1, int(count)
+
+
 def _bench(given: list[str]) -> int:
     suite, rest = _name(given)
     if suite not in SUITES:
@@ -163,14 +202,17 @@ def _doctor(given: list[str]) -> int:
 _GOES_ON = {
     "train": "; the same command goes on from the last checkpoint",
     "pack": "; the same command goes on where it was",
+    "cache": "; the same command goes on where it was",
 }
-SUITES = ("kernels", "loaders")
+SUITES = ("kernels", "loaders", "sources", "step", "transfer")
+_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "describe": _describe,
     "eval": _eval,
     "export": _export,
     "pack": _pack,
+    "cache": _cache,
     "bench": _bench,
     "doctor": _doctor,
 }

@@ -23,6 +23,7 @@ from .device import choose_device, set_up
 from .files import write_json
 from .log import Watcher
 from .recipe import Recipe, row
+from .sources import RecalledSources
 from .trainer import Trainer
 
 _PATIENCE = 10.0  # seconds for a run side by side to end the step it is at
@@ -108,7 +109,7 @@ def tabulate(recipe: Recipe, jobs: list[Job], summaries: list[dict[str, Any]], s
 
 def _in_turn(jobs: list[Job], root: Path, watch) -> list[dict[str, Any]]:
     if len(jobs) > 1:  # every row's mistakes come to light before the first is trained
-        for job in _first_of_each_row(jobs):
+        for job in first_of_each_row(jobs):
             _built(job)
     return [_train(job, root, partial(watch, job.label)) for job in jobs]
 
@@ -127,16 +128,16 @@ def _built(job: Job) -> Parts:
     return _LAST[0]
 
 
-def _first_of_each_row(jobs: list[Job]) -> list[Job]:
+def first_of_each_row(jobs: list[Job]) -> list[Job]:
     return list({job.row: job for job in reversed(jobs)}.values())[::-1]
 
 
 def _side_by_side(jobs: list[Job], count: int, root: Path, watch) -> list[dict[str, Any]]:
     """Runs in ``count`` processes. Soft targets are computed before, once, with all threads."""
-    for job in _first_of_each_row(jobs):
+    for job in first_of_each_row(jobs):
         parts = _built(job)
         if not (job.folder / "summary.json").is_file():
-            parts.open_sources(root / "recall", lambda text: watch("", {"kind": "note", "text": text}))
+            _fill_ahead(parts, root / "recall", lambda text: watch("", {"kind": "note", "text": text}))
     _LAST.clear()
     context = multiprocessing.get_context("spawn")
     lines: Any = context.Queue()
@@ -159,6 +160,18 @@ def _side_by_side(jobs: list[Job], count: int, root: Path, watch) -> list[dict[s
             _end(pool)
             raise
     return [summaries[i] for i in range(len(jobs))]
+
+
+def _fill_ahead(parts: Parts, folder: Path, report: Callable[[str], None]) -> None:
+    from .caching import fill
+
+    sources = parts.open_sources(folder, report, in_memory=False)
+    if isinstance(sources, RecalledSources):
+        try:
+            fill(parts, sources, report, lambda fill: None)
+        except OSError as error:
+            report(f"{error}; every run computes them by itself")
+        sources.close()
 
 
 def _end(pool: ProcessPoolExecutor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import kernels
-from .build import build_target, loader_specs, open_data, recalls, table_bytes
+from .build import build_target, label_bytes, loader_specs, open_data, recalls
 from .device import choose_device, choose_dtype
 from .loaders import choose_loader
 from .recipe import Recipe
@@ -40,7 +40,7 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
         content["loader"] = f"{name} ({why})"
         content["images"] = {"train": len(spec.index_N)} | {k: len(s.index_N) for k, s in evals.items()}
         if recalls(recipe) and sources:
-            content["recalled_soft_targets_bytes"] = table_bytes(recipe, len(spec.index_N), dtype)
+            content["recalled_soft_targets_bytes"] = label_bytes(recipe, len(spec.index_N), dtype)
     with torch.device("meta"):
         target = build_target(recipe, classes, sources)
     every = sum(p.numel() for p in target.parameters())

@@ -1,5 +1,7 @@
 """What to compute on, and in which type."""
 
+import ctypes
+
 import torch
 
 from .recipe import Run
@@ -51,9 +53,40 @@ def cpu_name() -> str:
 
 
 def set_up(run: Run, device: torch.device) -> None:
-    """Settings of the process: threads; denormal numbers count as zero on a CPU, where they are many times slower."""
+    """Settings of the process: threads; on a CPU, denormal numbers count as zero, which are many times slower, and memory is
+    kept for the next step."""
     if run.threads:
         torch.set_num_threads(run.threads)
     torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+    else:
+        keep_memory()
+
+
+def keep_memory() -> bool:
+    """Makes the C library keep freed memory for the next step; False where it is not glibc's.
+
+    By itself it gives every large tensor's memory back to the kernel, which clears and maps it page by page when the next step
+    asks for it: about half of a training step on a CPU (`fasttrain bench step`, row "paper-style, memory kept").
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
+    kept = mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_max, 0)  # older versions allow no more than 32 MiB
+    return bool(kept and mallopt(m_trim_threshold, (1 << 31) - 1))
+
+
+def choose_compile(wanted: bool | str, device: torch.device) -> tuple[str, str]:
+    """``off``, ``on`` or ``graphs``, and why.
+
+    Raises:
+        ValueError: CUDA graphs without CUDA.
+    """
+    if wanted == "graphs" and device.type != "cuda":
+        raise ValueError("run.compile: graphs needs a CUDA device")
+    if wanted == "auto":
+        return ("on", "on a GPU") if device.type == "cuda" else ("off", "slow to start on a CPU; see run.compile")
+    return {True: "on", False: "off"}.get(wanted, "graphs"), "as asked"  # type: ignore[call-overload]

@@ -1,34 +1,69 @@
 """What a run tells: a line per N steps and per evaluation to metrics.jsonl, TensorBoard and whoever watches."""
 
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 Watcher = Callable[[dict[str, Any]], None]
 
 
 class Clock:
-    """Seconds of this process spent on each part of the loop. On a GPU, whose work runs behind, a part's share is the
-    time for which it held the loop up."""
+    """Where the time of training goes: each moment belongs to the part whose mark ends it.
 
-    def __init__(self) -> None:
+    On a GPU the marks are CUDA events in the current stream, so that a part's time is that by which it held this stream up,
+    whether by work or by making it wait. They are read where :meth:`settle` is called, and nothing waits in between.
+
+    Args:
+        device: where the work is done.
+
+    Attributes:
+        seconds: of each part, since the beginning.
+        lately: of each part, between the last two calls of :meth:`settle`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[str, Any]] = []
         self.seconds: dict[str, float] = {}
+        self.lately: dict[str, float] = {}
+        self.start()
 
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+    def start(self) -> None:
+        """What comes before belongs to no part."""
+        self.mark("")
 
-    def shares(self) -> dict[str, float]:
-        """Each part's share of the sum, in percent."""
-        total = sum(self.seconds.values()) or 1.0
-        return {part: 100 * s / total for part, s in self.seconds.items()}
+    def mark(self, part: str) -> None:
+        """What came after the last mark belongs to this part."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((part, event))
+        else:
+            self._marks.append((part, time.perf_counter()))
+
+    def settle(self) -> None:
+        """Adds up; waits for the device."""
+        if self._device.type == "cuda" and self._marks:
+            self._marks[-1][1].synchronize()
+        self.lately = {}
+        for (_, before), (part, after) in itertools.pairwise(self._marks):
+            if part:
+                took = after - before if isinstance(after, float) else before.elapsed_time(after) / 1e3
+                self.lately[part] = self.lately.get(part, 0.0) + took
+        for part, took in self.lately.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + took
+        self._marks = self._marks[-1:]
+
+
+def shares(seconds: dict[str, float]) -> dict[str, float]:
+    """Each part's share of the sum, in percent."""
+    total = sum(seconds.values()) or 1.0
+    return {part: 100 * s / total for part, s in seconds.items()}
 
 
 class RunLog:

@@ -10,17 +10,31 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .recipe import Optim
 
 
-def build_optimiser(spec: Optim, network: nn.Module) -> torch.optim.SGD:
-    """Fused SGD over all parameters; its learning rate is set before every step."""
-    return torch.optim.SGD(
-        network.parameters(),
-        lr=spec.lr,
-        momentum=spec.momentum,
-        dampening=spec.dampening,
-        weight_decay=spec.weight_decay,
-        nesterov=spec.nesterov,
-        fused=True,
-    )
+def build_optimiser(spec: Optim, network: nn.Module) -> torch.optim.Optimizer:
+    """Fused SGD over all parameters; its learning rate is set before every step.
+
+    Raises:
+        ValueError: ``impl: apex`` where NVIDIA's apex is not installed, or no CUDA device holds the network.
+    """
+    settings: dict[str, Any] = {
+        "lr": spec.lr,
+        "momentum": spec.momentum,
+        "dampening": spec.dampening,
+        "weight_decay": spec.weight_decay,
+        "nesterov": spec.nesterov,
+    }
+    if spec.impl == "torch":
+        return torch.optim.SGD(network.parameters(), **settings, fused=True)
+    try:
+        from apex.optimizers import FusedSGD
+    except Exception as error:  # a broken installation, or PyPI's apex, which is something else, can raise anything
+        raise ValueError(
+            f"optim.impl: apex cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:160]}); NVIDIA's is built "
+            "from its source, PyPI's is something else; torch is as fast or faster and needs nothing"
+        ) from None
+    if any(p.device.type != "cuda" for p in network.parameters()):
+        raise ValueError("optim.impl: apex's FusedSGD needs a CUDA device")
+    return FusedSGD(network.parameters(), **settings)
 
 
 def build_average(spec: Optim, network: nn.Module) -> AveragedModel | None:

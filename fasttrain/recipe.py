@@ -81,7 +81,7 @@ class Target:
     """The network being trained."""
 
     model: str = "resnet20"
-    """Backbone: resnet20, resnet32, resnet44 (CIFAR style)."""
+    """Backbone: resnet20, resnet32, resnet44 (CIFAR style), resnet18, resnet34, resnet50."""
     classes: int = 0
     """Classes of the task; 0 for those of the data set."""
 
@@ -133,9 +133,20 @@ class Transfer:
     still: int = 0
     """Show the sources the same view cut from the image at this side in pixels; 0 enlarges what the target sees."""
     recall: bool = True
-    """With data.views, compute each view's soft label once and recall it; without, sources run at every step."""
+    """With data.views, compute each view's soft label when it is first met and recall it ever after; without, sources run
+    at every step."""
+    every_view: bool = False
+    """Recall without data.views: crop pad or centre, and flip, have few views (162 with pad: 4), and each has its labels."""
+    recall_top: int = 0
+    """Keep only this many of a soft label's largest probabilities; the rest is spread evenly. 0: keep all."""
     recall_gib: float = 4.0
-    """Memory for recalled soft targets, in GiB; a larger table makes the sources run at every step, and says so."""
+    """Memory on the device for recalled soft labels, in GiB; more than that are read from their file at every step."""
+    cache: str | None = None
+    """Folder of recalled soft labels, shared by all runs that name it; labels of anything else there are refused.
+    null: a folder of the run's own (runs/NAME/recall)."""
+    bank: Literal["auto", "plain", "folded", "compiled", "stacked", "graphed"] = "auto"
+    """How live sources run: plain (one after the other, as they are), folded (batch norms in the convolutions), compiled,
+    stacked (networks of one architecture as one), graphed (CUDA graph); auto: the fastest seen on such a device."""
 
 
 @dataclass
@@ -177,6 +188,8 @@ class Optim:
     """Share of the task's label spread over all classes."""
     clip_norm: float = 0.0
     """Scale gradients down to this norm; 0 for never."""
+    impl: Literal["torch", "apex"] = "torch"
+    """torch.optim.SGD(fused=True), or the FusedSGD of NVIDIA's apex, where that is installed."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is then what is evaluated; 0 for none."""
 
@@ -199,8 +212,11 @@ class Run:
     """Of the arithmetic under autocast; auto: bf16 where the device computes in it, else fp16 (GPU) or fp32 (CPU)."""
     channels_last: bool = True
     """Keep activations and weights in NHWC order."""
-    compile: bool = False
-    """torch.compile the target: slow to start, faster steps on a GPU."""
+    compile: bool | Literal["auto", "graphs"] = "auto"
+    """torch.compile the step (input, target, losses, backward): slow to start, then faster. graphs: replay it as CUDA
+    graphs, too, for small targets. auto: on a GPU, yes."""
+    accumulate: int = 1
+    """Take each batch in this many parts whose gradients are added: less memory; batch norm sees the parts."""
     kernels: Literal["auto", "triton", "compiled", "reference"] = "auto"
     """Implementation of the soft-target losses; auto: one fused Triton kernel on CUDA, plain PyTorch elsewhere."""
     threads: int = 0
@@ -336,13 +352,13 @@ _RANGES: list[tuple[Callable[[float], bool], str, str]] = [
         lambda v: v > 0,
         "is not above 0",
         "data.size data.batch transfer.temperature optim.epochs run.seeds run.parallel run.eval_every run.log_every "
-        "run.checkpoint_every",
+        "run.checkpoint_every run.accumulate",
     ),
     (
         lambda v: v >= 0,
         "is below 0",
         "data.labelled data.stored data.grow_from data.pad data.views data.seed target.classes transfer.alpha "
-        "transfer.still optim.lr optim.weight_decay optim.warmup_epochs optim.clip_norm run.seed run.checkpoint_steps",
+        "transfer.still transfer.recall_top transfer.recall_gib optim.lr optim.weight_decay optim.warmup_epochs optim.clip_norm run.seed run.checkpoint_steps",
     ),
     (lambda v: v >= -1, "is below -1", "data.workers"),
     (lambda v: 0 <= v <= 1, "is not in [0, 1]", "data.hw_decoder_load"),
@@ -368,6 +384,13 @@ def _check(r: Recipe) -> None:
         )
     if r.data.grow_from and r.sources and r.data.views and r.transfer.recall and not r.transfer.still:
         raise ValueError("data.grow_from: recalled sources need transfer.still, a size that does not grow")
+    if r.transfer.every_view and (r.data.crop == "random_resized" or r.data.views or r.data.grow_from):
+        raise ValueError(
+            "transfer.every_view: only crop pad or centre, with data.views 0 and images of one size, has few views; "
+            f"here are data.crop {r.data.crop}, data.views {r.data.views}, data.grow_from {r.data.grow_from}"
+        )
+    if r.run.accumulate > r.data.batch:
+        raise ValueError(f"run.accumulate: {r.run.accumulate} parts of a batch of {r.data.batch}")
     if any(not s.name or not s.model for s in r.sources):
         raise ValueError("sources: each needs a name and a model")
     names = [s.name for s in r.sources]

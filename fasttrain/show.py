@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from .recipe import Recipe
+from .sources.recall import Fill
 
 
 class Watch:
@@ -87,6 +88,43 @@ class Watch:
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+class FillBar:
+    """Shows how far filling a cache has come: a bar on a terminal, elsewhere a line at most every 15 seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.printed, self.start = console, time.monotonic(), 0.0
+        columns = (TextColumn("soft labels"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+        self.bars = Progress(*columns, console=console, transient=True)
+        self.task: Any = None
+
+    def __enter__(self) -> "FillBar":
+        if self.console.is_terminal:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bars.stop()
+
+    def note(self, text: str) -> None:
+        """Says a line; what comes after it is timed anew."""
+        self.start = 0.0
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def __call__(self, fill: Fill) -> None:
+        now = time.monotonic()
+        self.start = self.start or now
+        text = f"{fill.done} of {fill.total}"
+        if fill.computed and now > self.start:
+            speed = fill.computed / (now - self.start)
+            text += f", {speed:.0f} a second, {_time((fill.total - fill.done) / speed)} left"
+        if self.console.is_terminal:
+            self.task = self.bars.add_task("", total=1.0, text="") if self.task is None else self.task
+            self.bars.update(self.task, completed=fill.done / fill.total, text=text)
+        elif now - self.printed > 15:
+            self.printed = now
+            self.console.print(f"soft labels: {text}", highlight=False, soft_wrap=True, markup=False)
 
 
 def table(content: dict[str, Any]) -> Table:

@@ -6,23 +6,37 @@ knows nothing of the command line, and nothing of which loader, method or kind o
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import checkpoint, interrupts
+from .advice import advise
 from .build import Parts
 from .environment import environment
 from .files import remove_unfinished, write_json, write_text
 from .kernels import network_input
 from .loaders import Batch
-from .log import Clock, RunLog, Watcher
+from .log import Clock, RunLog, Watcher, shares
 from .optim import Schedule, build_average, build_optimiser
 from .recipe import to_yaml
+from .sources import RecalledSources, SoftTargets
+from .sources.bank import Take
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A batch that is on its way: its sources are at work or looked up, and ``position`` is the loader's after it."""
+
+    batch: Batch
+    soft: Take | None
+    position: dict[str, Any]
 
 
 class Trainer:
@@ -55,7 +69,8 @@ class Trainer:
         self.best: dict[str, Any] = {"epoch": 0, "value": -math.inf, "val": {}}
         self.sums: dict[str, torch.Tensor] = {}
         self.summed = 0
-        self.clock, self.train_seconds = Clock(), 0.0
+        self.clock, self.train_seconds = Clock(parts.device), 0.0
+        self.position = self.loader.state_dict()
         self.speeds: list[float] = []
         kept = self._resume()
         for place in (folder, folder / "checkpoints"):
@@ -68,7 +83,11 @@ class Trainer:
         self.sources = None if self.finished else parts.open_sources(recall, self._note)
         if self.sources is not None:
             self._note(f"sources: {self.sources.describe()}")
-        self.model = torch.compile(self.target) if recipe.run.compile else self.target
+        self.losses = self._losses
+        if parts.compile != "off":
+            torch._dynamo.config.recompile_limit = 32  # sizes that grow, and an epoch's last batch
+            mode = "reduce-overhead" if parts.compile == "graphs" else None
+            self.losses = torch.compile(self._losses, mode=mode, dynamic=False)
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end, tests the selected weights once, and returns what goes into summary.json."""
@@ -80,56 +99,116 @@ class Trainer:
                 return self._finish()
             finally:
                 self.log.close()
+                if self.sources is not None:
+                    self.sources.close()
                 for loader in self.parts.loaders.values():
                     loader.close()
 
     def _train_epoch(self) -> None:
         self.target.train()
         run = self.recipe.run
-        batches = iter(self.loader)
+        self._choose_loader()
+        self.clock.start()
         mark, images = time.perf_counter(), 0
-        while True:
-            with self.clock("data"):
-                batch = next(batches, None)
-            if batch is None:
-                break
-            self._take_step(batch)
+        for ready in self._ahead():
+            self._take_step(ready)
             self.step += 1
+            self.position = ready.position
             interrupts.check()
-            images += len(batch)
+            images += len(ready.batch)
             if self.step % run.log_every == 0:
+                self.clock.settle()
                 self._log_steps(images, time.perf_counter() - mark)
                 self.train_seconds += time.perf_counter() - mark
+                self.clock.mark("other")
                 mark, images = time.perf_counter(), 0
             if run.checkpoint_steps and self.step % run.checkpoint_steps == 0 and self._inside_epoch():
                 self.train_seconds += time.perf_counter() - mark
                 self._save()
+                self.clock.start()
                 mark, images = time.perf_counter(), 0
+        self.clock.settle()
+        self.position = self.loader.state_dict()
         self.train_seconds += time.perf_counter() - mark
 
-    def _take_step(self, batch: Batch) -> None:
-        optim, device = self.recipe.optim, self.parts.device
-        with self.clock("sources"):
-            soft = self.sources(batch) if self.sources is not None else None
-        with self.clock("target"):
-            with torch.autocast(device.type, self.parts.dtype, enabled=self.parts.dtype != torch.float32):
-                output = self.model(network_input(batch.pixels, self.mean, self.std), aux=soft is not None)
-            losses = self.method.step(output, batch.targets, soft)
-            self.scaler.scale(losses["loss"]).backward()
-        with self.clock("optimiser"):
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.schedule.lr(self.step)
-            if optim.clip_norm:
-                self.scaler.unscale_(self.optimiser)
-                torch.nn.utils.clip_grad_norm_(self.target.parameters(), optim.clip_norm)
-            self.scaler.step(self.optimiser)
-            self.scaler.update()
-            self.optimiser.zero_grad(set_to_none=True)
-            if self.average is not None:
-                self.average.update_parameters(self.target)
+    def _choose_loader(self) -> None:
+        """Takes a loader that serves stills only if the sources will look at them in this epoch."""
+        if not isinstance(self.sources, RecalledSources) or not self.sources.still:
+            return
+        wanted = self.recipe.transfer.still if self.sources.needs_still(self.epoch) else 0
+        if wanted != self.loader.spec.still:
+            bad = self.loader.bad
+            self.loader.close()
+            self.loader = self.parts.open_loader(replace(self.parts.train_spec, still=wanted))
+            self.loader.load_state_dict(self.position)
+            self.loader.bad |= bad
+            self.parts.loaders["train"] = self.loader
+
+    def _ahead(self) -> Iterator[_Ready]:
+        """The rest of the epoch. On a GPU the sources are given the next batch before the target takes its step with
+        this one, so that the two are at work together."""
+        batches = iter(self.loader)
+        ready = self._begin(batches)
+        while ready is not None:
+            following = self._begin(batches) if self.parts.device.type == "cuda" else None
+            yield ready
+            ready = following if self.parts.device.type == "cuda" else self._begin(batches)
+
+    def _begin(self, batches: Iterator[Batch]) -> _Ready | None:
+        batch = next(batches, None)
+        self.clock.mark("data")
+        if batch is None:
+            return None
+        soft = self.sources.start(batch) if self.sources is not None else None
+        self.clock.mark("sources")
+        return _Ready(batch, soft, self.loader.state_dict())
+
+    def _take_step(self, ready: _Ready) -> None:
+        optim, batch = self.recipe.optim, ready.batch
+        soft = ready.soft() if ready.soft is not None else None
+        self.clock.mark("sources")
+        losses: dict[str, Tensor] = {}
+        for pixels, targets, its_soft in self._parts_of(batch, soft):
+            if self.parts.compile == "graphs":
+                torch.compiler.cudagraph_mark_step_begin()
+            found, share = self.losses(pixels, targets, its_soft), len(targets) / len(batch)
+            self.scaler.scale(found["loss"] if share == 1 else found["loss"] * share).backward()
+            for name, value in found.items():
+                losses[name] = losses.get(name, 0) + value.detach() * share
+        self.clock.mark("target")
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.schedule.lr(self.step)
+        if optim.clip_norm:
+            self.scaler.unscale_(self.optimiser)
+            torch.nn.utils.clip_grad_norm_(self.target.parameters(), optim.clip_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.target)
         for name, value in losses.items():  # stays on the device; read every N steps
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.sums[name] = self.sums.get(name, 0) + value
         self.summed += 1
+        self.clock.mark("optimiser")
+
+    def _parts_of(
+        self, batch: Batch, soft: SoftTargets | None
+    ) -> Iterator[tuple[Tensor, Tensor, SoftTargets | None]]:
+        """The batch, or with ``run.accumulate`` its parts."""
+        count = min(self.recipe.run.accumulate, len(batch))
+        size = -(-len(batch) // count)
+        if count == 1:
+            yield batch.pixels, batch.targets, soft
+            return
+        softs = [None] * len(batch.pixels.split(size)) if soft is None else soft.split(size)
+        yield from zip(batch.pixels.split(size), batch.targets.split(size), softs, strict=True)
+
+    def _losses(self, pixel_BCHW: Tensor, targets_B: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:
+        """The forward pass, from bytes to the method's losses: what is compiled."""
+        dtype = self.parts.dtype
+        with torch.autocast(self.parts.device.type, dtype, enabled=dtype != torch.float32):
+            output = self.target(network_input(pixel_BCHW, self.mean, self.std), aux=soft is not None)
+        return self.method.step(output, targets_B, soft)
 
     def _end_epoch(self) -> None:
         run = self.recipe.run
@@ -161,7 +240,8 @@ class Trainer:
             "test": self.evaluate("test"),
             "images_per_s": median(self.speeds) if self.speeds else self._mean_speed(),
             "train_seconds": self.train_seconds,
-            "time_share_percent": self.clock.shares(),
+            "time_share_percent": shares(self.clock.seconds),
+            "advice": self._advice(shares(self.clock.seconds)),
             "epochs": self.epoch,
             "steps": self.step,
             "seed": self.recipe.run.seed,
@@ -183,7 +263,7 @@ class Trainer:
         return self.step * self.recipe.data.batch / max(self.train_seconds, 1e-9)
 
     def _inside_epoch(self) -> bool:
-        return self.loader.state_dict()["batch"] < len(self.loader)
+        return self.position["batch"] < len(self.loader)
 
     def _log_steps(self, images: int, seconds: float) -> None:
         means = {name: float(value) / self.summed for name, value in self.sums.items()}
@@ -194,14 +274,20 @@ class Trainer:
             )
         self.sums, self.summed = {}, 0
         self.speeds.append(images / seconds)
-        shares = {f"{part}_share": share for part, share in self.clock.shares().items()}
+        lately = shares(self.clock.lately)
+        told = {f"{part}_share": share for part, share in lately.items()}
         position = {
             "epoch": self.epoch,
             "step": self.step,
             "steps": self.schedule.steps,
             "lr": self.schedule.lr(self.step - 1),
         }
-        self.log.write({"kind": "step"} | position | means | {"images_per_s": images / seconds} | shares)
+        told |= {"advice": self._advice(lately)}
+        self.log.write({"kind": "step"} | position | means | {"images_per_s": images / seconds} | told)
+
+    def _advice(self, share: dict[str, float]) -> str:
+        recalled = isinstance(self.sources, RecalledSources)
+        return advise(share, self.recipe, self.parts.loader_name, recalled=recalled, compiled=self.parts.compile != "off")
 
     def _note(self, text: str) -> None:
         self.watch({"kind": "note", "text": text})
@@ -214,7 +300,7 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "loader": self.loader.state_dict(),
+            "loader": self.position,
             "bad_samples": self.loader.bad,
             "dataset": self.parts.dataset.identity(),
             "position": {"epoch": self.epoch, "step": self.step, "finished": self.finished},
@@ -250,6 +336,7 @@ class Trainer:
         if state["dataset"] != self.parts.dataset.identity():
             raise ValueError(f"data: {self.parts.dataset.source} has changed since the run in {self.folder} began")
         self.loader.load_state_dict(state["loader"])
+        self.position = state["loader"]
         self.loader.bad |= state["bad_samples"]
         self.epoch, self.step, self.finished = (state["position"][k] for k in ("epoch", "step", "finished"))
         self.best, self.summed = state["best"], state["summed"]

@@ -94,6 +94,10 @@ class LoaderSpec:
             return self.index_N[balanced_order(self.seed, epoch, self.dataset.targets_N[self.index_N])]
         return self.index_N[order(self.seed, epoch, len(self.index_N))] if self.shuffle else self.index_N
 
+    def number(self, epoch: int, index_B: np.ndarray) -> np.ndarray:
+        """The numbers of the samples' views in an epoch: int64 [B]."""
+        return self.plan.number(seed=self.view_seed, epoch=epoch, index_B=index_B)
+
     def view(self, epoch: int, index_B: np.ndarray, height_B, width_B) -> View:
         """The views of samples in an epoch; ``height_B``, ``width_B`` are the sizes of the images as stored."""
         return self.plan(seed=self.view_seed, epoch=epoch, index_B=index_B, height_B=height_B, width_B=width_B)
@@ -166,7 +170,7 @@ class EpochLoader:
     def _batch_of(self, pixels: torch.Tensor, index_B: np.ndarray, number_B: np.ndarray, still=None) -> Batch:
         arrays = (self.spec.dataset.targets_N[index_B], index_B, number_B)
         targets, index, number = (self._small(torch.from_numpy(a)) for a in arrays)
-        return Batch(pixels, targets, index, number, still)
+        return Batch(pixels, targets, index, number, still, np.stack([index_B, number_B], axis=1))
 
     def _small(self, values: torch.Tensor) -> torch.Tensor:
         if self.device.type != "cuda":

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 
@@ -17,6 +18,7 @@ class Batch:
         index: int64 [B], the samples' indices in their data set.
         view: int64 [B], which view of its sample this is (the epoch, or ``epoch mod K``).
         still: uint8 [B, 3, R, R] or None: the same view at the sources' own resolution.
+        where_B2: int64, index and view once more, on the host, for what is looked up there without waiting for the device.
     """
 
     pixels: Tensor
@@ -24,6 +26,7 @@ class Batch:
     index: Tensor
     view: Tensor
     still: Tensor | None = None
+    where_B2: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.targets)

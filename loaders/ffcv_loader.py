@@ -63,7 +63,6 @@ class FfcvLoader(EpochLoader):
             return
         table = np.empty((sum(map(len, full)), _COLUMNS), dtype=np.int32)
         filled = self._fill(table, epoch, full, size, 0)
-        number = spec.view(epoch, full[0][:1], 1, 1).number_B[0]
         self.close()
         if self._copied is not None:  # out of memory that FFCV's next thread writes into
             self._copied.synchronize()
@@ -79,7 +78,7 @@ class FfcvLoader(EpochLoader):
                 if self._copied is not None:  # with the next batch FFCV may write into the last one's memory
                     self._copied.synchronize()
                 flat = _next(running)
-                yield self._made(epoch, index_B, number, size, flat)
+                yield self._made(epoch, index_B, size, flat)
         finally:
             _end(running)  # not what another iteration may have begun meanwhile
 
@@ -108,7 +107,7 @@ class FfcvLoader(EpochLoader):
         rows[:, _SIZE] = size
         return end
 
-    def _made(self, epoch: int, index_B: np.ndarray, number: int, size: int, flat: np.ndarray) -> Batch:
+    def _made(self, epoch: int, index_B: np.ndarray, size: int, flat: np.ndarray) -> Batch:
         spec, n = self.spec, len(index_B)
         first, second = n * size * size * 3, n * spec.still * spec.still * 3
         failed = np.flatnonzero(flat[first + second : first + second + n])
@@ -123,7 +122,7 @@ class FfcvLoader(EpochLoader):
         self._copied = self._stream.record_event() if self._stream is not None else None
         pixels = here[:first].view(n, size, size, 3).permute(0, 3, 1, 2)
         still = here[first:].view(n, spec.still, spec.still, 3).permute(0, 3, 1, 2) if spec.still else None
-        return self._batch_of(pixels, index_B, np.full(n, number), still)
+        return self._batch_of(pixels, index_B, spec.number(epoch, index_B), still)
 
     def _mend(self, epoch: int, index: int, out_SSC: np.ndarray, still_RRC: np.ndarray) -> int:
         """Writes a sample that the compiled code could not decode, or its stand-in; returns its index."""

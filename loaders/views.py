@@ -59,6 +59,9 @@ class ViewPlan:
         centre_share: side of the square taken, as a share of the image's shorter side, for ``centre``.
         flip: mirror ``horizontal``-ly with probability 1/2, in ``both`` directions independently, or not at all.
         views: K > 0 cycles through K views a sample, view number = epoch mod K; 0 takes a new view every epoch.
+        every: number the views that there are, as ``pad`` and ``centre`` have few of them: shifts and flips. The views
+            shown stay those of ``views: 0``; their number is no longer the epoch but says which of :attr:`count` it is.
+        only: with ``every``, the number of the one view to show of all samples; -1 for those of the epoch.
     """
 
     crop: Crop = "pad"
@@ -67,6 +70,39 @@ class ViewPlan:
     centre_share: float = 1.0
     flip: Flip = "horizontal"
     views: int = 0
+    every: bool = False
+    only: int = -1
+
+    @property
+    def count(self) -> int:
+        """How many views a sample can be shown in; 0 where a new one is drawn every epoch."""
+        if not self.every:
+            return self.views
+        return self._shifts**2 * {"none": 1, "horizontal": 2, "both": 4}[self.flip]
+
+    @property
+    def _shifts(self) -> int:
+        return 2 * self.pad + 1 if self.crop == "pad" else 1
+
+    def number(self, *, seed: int, epoch, index_B) -> np.ndarray:
+        """The numbers of the views of samples ``index_B`` in ``epoch``: int64 [B].
+
+        Raises:
+            ValueError: ``every`` for a crop that has too many views to be numbered.
+        """
+        index_B = np.asarray(index_B, dtype=np.int64)
+        epoch_B = np.broadcast_to(np.int64(epoch), index_B.shape)
+        if not self.every:
+            return epoch_B % self.views if self.views else epoch_B.copy()
+        if self.crop == "random_resized" or self.views:
+            raise ValueError("only crop pad or centre, with views: 0, has views that can all be numbered")
+        if self.only >= 0:
+            return np.full(index_B.shape, self.only, dtype=np.int64)
+        shift_B2, flip_B2 = _shifts(seed, epoch_B, index_B, self._shifts), flips(seed, epoch_B, index_B, self.flip)
+        number_B = shift_B2[:, 0] * self._shifts + shift_B2[:, 1]
+        for axis in range(("none", "horizontal", "both").index(self.flip)):
+            number_B = number_B * 2 + flip_B2[:, axis]
+        return number_B
 
     def __call__(self, *, seed: int, epoch, index_B, height_B, width_B) -> View:
         """The views of samples ``index_B`` in ``epoch`` (a number, or one per sample).
@@ -75,7 +111,9 @@ class ViewPlan:
         """
         index_B = np.asarray(index_B, dtype=np.int64)
         height_B, width_B, epoch_B = (np.broadcast_to(np.int64(a), index_B.shape) for a in (height_B, width_B, epoch))
-        number_B = epoch_B % self.views if self.views else epoch_B.copy()
+        number_B = self.number(seed=seed, epoch=epoch, index_B=index_B)
+        if self.every:
+            return self._numbered(number_B, height_B, width_B)
         if self.crop == "pad":
             box_B4 = pad_crop(seed, number_B, index_B, height_B, width_B, self.pad)
         elif self.crop == "random_resized":
@@ -83,6 +121,16 @@ class ViewPlan:
         else:
             box_B4 = centre_crop(height_B, width_B, self.centre_share)
         return View(box_B4, flips(seed, number_B, index_B, self.flip), number_B)
+
+    def _numbered(self, number_B: np.ndarray, height_B, width_B) -> View:
+        """The views of these numbers."""
+        rest_B, flip_B2 = number_B, np.zeros((len(number_B), 2), dtype=bool)
+        for axis in reversed(range(("none", "horizontal", "both").index(self.flip))):
+            rest_B, flip_B2[:, axis] = rest_B // 2, rest_B % 2
+        if self.crop == "centre":
+            return View(centre_crop(height_B, width_B, self.centre_share), flip_B2, number_B)
+        top_B, left_B = rest_B // self._shifts - self.pad, rest_B % self._shifts - self.pad
+        return View(np.stack([top_B, left_B, height_B, width_B], axis=1), flip_B2, number_B)
 
 
 def evaluation(centre_share: float = 1.0) -> ViewPlan:
@@ -92,9 +140,14 @@ def evaluation(centre_share: float = 1.0) -> ViewPlan:
 
 def pad_crop(seed: int, number_B, index_B, height_B, width_B, pad: int) -> np.ndarray:
     """Boxes of the image's own size, shifted by -pad .. pad pixels in each direction, each shift equally likely."""
-    word_4B = draw(seed, number_B, index_B, _PLACE)
-    top_B, left_B = (integers(word_4B[i], 2 * pad + 1) - pad for i in (0, 1))
+    top_B, left_B = (_shifts(seed, number_B, index_B, 2 * pad + 1) - pad).T
     return np.stack([top_B, left_B, height_B, width_B], axis=1)
+
+
+def _shifts(seed: int, number_B, index_B, count: int) -> np.ndarray:
+    """int64 [B, 2] of 0 .. count - 1: down, right."""
+    word_4B = draw(seed, number_B, index_B, _PLACE)
+    return np.stack([integers(word_4B[i], count) for i in (0, 1)], axis=1)
 
 
 def random_resized_crop(seed: int, number_B, index_B, height_B, width_B, min_area: float) -> np.ndarray:

@@ -26,6 +26,6 @@ class Sskt:
         assert soft is not None and output.aux_logits_BC is not None
         primary = self.task.loss(output.logits_BK, targets_B)
         assert soft.class_counts == self.aux_loss.problem.class_counts
-        aux_M = self.aux_loss(output.aux_logits_BC, soft.logits_BC)
+        aux_M = self.aux_loss(output.aux_logits_BC, soft.target_BC)
         loss = primary + self.transfer.alpha * aux_M.sum()
         return {"loss": loss, "primary": primary} | {f"aux/{name}": aux_M[m] for m, name in enumerate(soft.names)}

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from .backbone import Backbone
+from .resnet import resnet18, resnet34, resnet50
 from .resnet_cifar import resnet20, resnet32, resnet44
 from .target import Target
 
@@ -10,6 +11,9 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet44": resnet44,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
 }
 
 __all__ = ["BACKBONES", "Backbone", "Target", "build_backbone"]

@@ -1,8 +1,9 @@
-"""Sources: frozen networks whose soft labels teach. Live, or recalled from a table."""
+"""Sources: frozen networks whose soft labels teach. Live, or recalled from a cache."""
 
-from .live import LiveSources
+from .bank import STRATEGIES, SourceBank
+from .cache import CacheError
 from .network import SourceNetwork, open_source
-from .recall import RecalledSources, recalled
+from .recall import RecalledSources
 from .soft_targets import SoftTargets
 
-__all__ = ["LiveSources", "RecalledSources", "SoftTargets", "SourceNetwork", "open_source", "recalled"]
+__all__ = ["STRATEGIES", "CacheError", "RecalledSources", "SoftTargets", "SourceBank", "SourceNetwork", "open_source"]

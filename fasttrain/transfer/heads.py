@@ -39,22 +39,29 @@ class TransferModule(AuxiliaryHead):
         self, tap_channels: Sequence[int], width: int, classes: int, combine: Literal["sum", "mean"] = "sum"
     ) -> None:
         super().__init__()
-        self.branches = nn.ModuleList([_bottleneck(c, width) for c in tap_channels])
+        self.branches = nn.ModuleList([Bottleneck(c, width) for c in tap_channels])
         self.linear = nn.Linear(width, classes)
         self.combine = combine
 
     def forward(self, taps: list[Tensor], feature_BD: Tensor) -> Tensor:
-        pooled_NBW = torch.stack([b(t).mean(dim=(2, 3)) for b, t in zip(self.branches, taps, strict=True)])
+        return self.logits([b(t).mean(dim=(2, 3)) for b, t in zip(self.branches, taps, strict=True)])
+
+    def logits(self, pooled: list[Tensor]) -> Tensor:
+        """The branches' pooled features, [B, w] each -> combined, and through the linear layer."""
+        pooled_NBW = torch.stack(pooled)
         return self.linear(pooled_NBW.sum(0) if self.combine == "sum" else pooled_NBW.mean(0))
 
 
-def _bottleneck(in_channels: int, width: int) -> nn.Sequential:
-    half = width // 2
-    layers: list[nn.Module] = []
-    for conv in (
-        nn.Conv2d(in_channels, half, 1),
-        nn.Conv2d(half, half, 3, stride=2, padding=1),
-        nn.Conv2d(half, width, 1),
-    ):
-        layers += [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
+class Bottleneck(nn.Sequential):
+    """What a transfer module does with one tap: 1x1 to w/2, 3x3 with stride 2, 1x1 to w, each with BN and ReLU."""
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        half = width // 2
+        layers: list[nn.Module] = []
+        for conv in (
+            nn.Conv2d(in_channels, half, 1),
+            nn.Conv2d(half, half, 3, stride=2, padding=1),
+            nn.Conv2d(half, width, 1),
+        ):
+            layers += [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)]
+        super().__init__(*layers)

@@ -16,11 +16,17 @@ COUNTS = {
     "resnet32": (464_154, 552_879, 629_935),
     "resnet44": (658_586, 747_311, 824_367),
 }
+# likewise in millions (20 classes)
+MILLIONS = {
+    "resnet18": (11.19, 11.89, 35.56),
+    "resnet34": (21.29, 22.00, 45.67),
+    "resnet50": (23.55, 26.35, 50.80),
+}
 
 
-def target_of(model: str = "resnet20", module: bool = False, sources=TWO, combine: str = "sum"):
+def target_of(model: str = "resnet20", module: bool = False, sources=TWO, combine: str = "sum", classes: int = 10):
     recipe = Recipe(target=Target(model=model), transfer=Transfer(module=module, combine=combine))
-    return build_target(recipe, 10, sources)
+    return build_target(recipe, classes, sources)
 
 
 def count(module: torch.nn.Module) -> int:
@@ -35,14 +41,64 @@ def test_parameter_counts(model):
     assert count(target_of(model, module=True)) == module
 
 
-@pytest.mark.parametrize("model", BACKBONES)
-def test_taps(model):
+@pytest.mark.parametrize("model", MILLIONS)
+def test_parameter_counts_in_millions(model):
+    alone, linear, module = MILLIONS[model]
+    assert round(count(target_of(model, sources={}, classes=20)) / 1e6, 2) == alone
+    assert round(count(target_of(model, classes=20)) / 1e6, 2) == linear
+    assert round(count(target_of(model, module=True, classes=20)) / 1e6, 2) == module
+
+
+def test_every_backbone_has_its_count():
+    assert [*COUNTS, *MILLIONS] == list(BACKBONES)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "shapes"),
+    [
+        *((model, 32, [(16, 32, 32), (32, 16, 16), (64, 8, 8)]) for model in COUNTS),
+        *((model, 64, [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)]) for model in ("resnet18", "resnet34")),
+        ("resnet50", 64, [(256, 16, 16), (512, 8, 8), (1024, 4, 4), (2048, 2, 2)]),
+    ],
+)
+def test_taps(model, size, shapes):
     backbone = build_backbone(model).eval()
-    taps = backbone(torch.randn(2, 3, 32, 32))
-    assert [tuple(t.shape[1:]) for t in taps] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    taps = backbone(torch.randn(2, 3, size, size))
+    assert [tuple(t.shape[1:]) for t in taps] == shapes
     assert tuple(t.shape[1] for t in taps) == backbone.tap_channels
     assert backbone.pool(taps[-1]).shape == (2, backbone.feature_dim)
     assert all((t >= 0).all() for t in taps)  # after the ReLU
+
+
+def test_torchvisions_weights_fit():
+    """A state dict of torchvision's, but for the classifier, gives torchvision's stages and pooled feature."""
+    import torchvision
+
+    theirs, ours = torchvision.models.resnet18().eval(), build_backbone("resnet18").eval()
+    for norm in (m for m in theirs.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    keys = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert keys.missing_keys == [] and keys.unexpected_keys == ["fc.weight", "fc.bias"]
+    outputs = {}
+    for name in ("layer1", "layer2", "layer3", "layer4", "avgpool"):
+        getattr(theirs, name).register_forward_hook(lambda _m, _i, out, name=name: outputs.update({name: out}))
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        theirs(pixels)
+        taps = ours(pixels)
+    feature = outputs.pop("avgpool").flatten(1)
+    assert all(torch.equal(a, b) for a, b in zip(taps, outputs.values(), strict=True))
+    assert feature.std() > 0.01 and torch.allclose(ours.pool(taps[-1]), feature, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_a_large_backbone_trains_all_its_parameters(module):
+    """The taps that the transfer module reads are not overwritten by the stages after them."""
+    target = target_of("resnet18", module=module, sources={"one": 7})
+    out = target(torch.randn(2, 3, 64, 64), aux=True)
+    (out.logits_BK.sum() + out.aux_logits_BC.square().sum()).backward()
+    assert all(p.grad is not None for p in target.parameters())
 
 
 @pytest.mark.parametrize("module", [False, True])

