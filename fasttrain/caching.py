@@ -36,7 +36,11 @@ def folder_of(recipe: Recipe) -> Path:
 
 
 def fill(
-    parts: Parts, sources: RecalledSources, report: Report, progress: Callable[[Fill], None], part: tuple[int, int] = (0, 1)
+    parts: Parts,
+    sources: RecalledSources,
+    report: Report,
+    progress: Callable[[Fill], None],
+    part: tuple[int, int] = (0, 1),
 ) -> None:
     """Computes what is missing in a run's soft labels.
 
@@ -71,10 +75,14 @@ def fill(
     spec = replace(parts.source_spec, rank=rank, ranks=ranks)
     sources.fill(parts.open_loader, spec, progress)
     took = time.perf_counter() - start
-    report(f"soft labels: {sources.computed} images in {took:.1f} s ({sources.computed / max(took, 1e-9):.0f} a second)")
+    report(
+        f"soft labels: {sources.computed} images in {took:.1f} s ({sources.computed / max(took, 1e-9):.0f} a second)"
+    )
 
 
-def run(recipe: Recipe, report: Report, progress: Callable[[Fill], None], part: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+def run(
+    recipe: Recipe, report: Report, progress: Callable[[Fill], None], part: tuple[int, int] = (0, 1)
+) -> dict[str, Any]:
     """Fills the caches of all rows of a recipe.
 
     Returns:

@@ -157,7 +157,9 @@ def _cache(given: list[str]) -> int:
     if as_json:
         print(json.dumps(content, indent=2))
     for file in content["files"] if not as_json else ():
-        console.print("{path}: {labels} labels, {mib:.1f} MiB on the disk".format(mib=file["bytes"] / 2**20, **file), **_PLAIN)
+        console.print(
+            "{path}: {labels} labels, {mib:.1f} MiB on the disk".format(mib=file["bytes"] / 2**20, **file), **_PLAIN
+        )
     return 0
 
 

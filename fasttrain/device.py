@@ -89,4 +89,4 @@ def choose_compile(wanted: bool | str, device: torch.device) -> tuple[str, str]:
         raise ValueError("run.compile: graphs needs a CUDA device")
     if wanted == "auto":
         return ("on", "on a GPU") if device.type == "cuda" else ("off", "slow to start on a CPU; see run.compile")
-    return {True: "on", False: "off"}.get(wanted, "graphs"), "as asked"  # type: ignore[call-overload]
+    return "graphs" if wanted == "graphs" else "on" if wanted else "off", "as asked"

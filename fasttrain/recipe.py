@@ -358,7 +358,8 @@ _RANGES: list[tuple[Callable[[float], bool], str, str]] = [
         lambda v: v >= 0,
         "is below 0",
         "data.labelled data.stored data.grow_from data.pad data.views data.seed target.classes transfer.alpha "
-        "transfer.still transfer.recall_top transfer.recall_gib optim.lr optim.weight_decay optim.warmup_epochs optim.clip_norm run.seed run.checkpoint_steps",
+        "transfer.still transfer.recall_top transfer.recall_gib optim.lr optim.weight_decay optim.warmup_epochs "
+        "optim.clip_norm run.seed run.checkpoint_steps",
     ),
     (lambda v: v >= -1, "is below -1", "data.workers"),
     (lambda v: 0 <= v <= 1, "is not in [0, 1]", "data.hw_decoder_load"),

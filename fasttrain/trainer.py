@@ -191,9 +191,7 @@ class Trainer:
         self.summed += 1
         self.clock.mark("optimiser")
 
-    def _parts_of(
-        self, batch: Batch, soft: SoftTargets | None
-    ) -> Iterator[tuple[Tensor, Tensor, SoftTargets | None]]:
+    def _parts_of(self, batch: Batch, soft: SoftTargets | None) -> Iterator[tuple[Tensor, Tensor, SoftTargets | None]]:
         """The batch, or with ``run.accumulate`` its parts."""
         count = min(self.recipe.run.accumulate, len(batch))
         size = -(-len(batch) // count)
@@ -275,19 +273,21 @@ class Trainer:
         self.sums, self.summed = {}, 0
         self.speeds.append(images / seconds)
         lately = shares(self.clock.lately)
-        told = {f"{part}_share": share for part, share in lately.items()}
+        told: dict[str, Any] = {f"{part}_share": share for part, share in lately.items()}
+        told["advice"] = self._advice(lately)
         position = {
             "epoch": self.epoch,
             "step": self.step,
             "steps": self.schedule.steps,
             "lr": self.schedule.lr(self.step - 1),
         }
-        told |= {"advice": self._advice(lately)}
         self.log.write({"kind": "step"} | position | means | {"images_per_s": images / seconds} | told)
 
     def _advice(self, share: dict[str, float]) -> str:
         recalled = isinstance(self.sources, RecalledSources)
-        return advise(share, self.recipe, self.parts.loader_name, recalled=recalled, compiled=self.parts.compile != "off")
+        return advise(
+            share, self.recipe, self.parts.loader_name, recalled=recalled, compiled=self.parts.compile != "off"
+        )
 
     def _note(self, text: str) -> None:
         self.watch({"kind": "note", "text": text})

@@ -110,7 +110,7 @@ class ViewPlan:
         ``height_B``, ``width_B``: sizes of the stored images in pixels (numbers, or one per sample).
         """
         index_B = np.asarray(index_B, dtype=np.int64)
-        height_B, width_B, epoch_B = (np.broadcast_to(np.int64(a), index_B.shape) for a in (height_B, width_B, epoch))
+        height_B, width_B = (np.broadcast_to(np.int64(a), index_B.shape) for a in (height_B, width_B))
         number_B = self.number(seed=seed, epoch=epoch, index_B=index_B)
         if self.every:
             return self._numbered(number_B, height_B, width_B)

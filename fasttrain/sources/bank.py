@@ -68,7 +68,7 @@ class SourceBank:
         self.networks, self.dtype = list(networks), dtype
         self.class_counts = tuple(n.spec.classes for n in networks)
         self.names = tuple(n.spec.name for n in networks)
-        self.device = networks[0].mean.device
+        self.device = networks[0].device
         self._whole = self.device.type != "cpu" or any(n.spec.batch_norm == "batch" for n in networks)
         self.strategy = _chosen(strategy, self.networks, compiles)
         self._run: Callable[[Tensor], list[Tensor]]
@@ -137,7 +137,7 @@ def _shown(batch: Batch) -> Tensor:
 
 
 def _chosen(strategy: str, networks: list[SourceNetwork], compiles: bool) -> str:
-    device, drifts = networks[0].mean.device, [n.spec.name for n in networks if n.spec.batch_norm == "batch"]
+    device, drifts = networks[0].device, [n.spec.name for n in networks if n.spec.batch_norm == "batch"]
     if strategy == "auto":
         return "plain" if drifts else "folded" if device.type == "cpu" else "compiled" if compiles else "graphed"
     if strategy not in STRATEGIES:
@@ -154,12 +154,10 @@ def _prepared(source: SourceNetwork, dtype: torch.dtype, report: Callable[[str],
     side = source.spec.size
     example = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     # on the CPU, where float32 is float32
-    network, count = folded(
-        copy.deepcopy(source.network).cpu(), example.contiguous(memory_format=torch.channels_last)
-    )
+    network, count = folded(copy.deepcopy(source.network).cpu(), example.contiguous(memory_format=torch.channels_last))
     if not count and any(isinstance(m, nn.BatchNorm2d) for m in network.modules()):
         report(f"source {source.spec.name}: its batch norms cannot be folded into convolutions")
-    return network.to(source.mean.device, dtype)
+    return network.to(source.device, dtype)
 
 
 class _Shared(nn.Module):
@@ -172,8 +170,8 @@ class _Shared(nn.Module):
         self.inputs = list(dict.fromkeys(wanted))
         self.input_of = [self.inputs.index(w) for w in wanted]
         for i, (_, mean, std) in enumerate(self.inputs):
-            self.register_buffer(f"mean{i}", torch.tensor(mean, device=sources[0].mean.device))
-            self.register_buffer(f"std{i}", torch.tensor(std, device=sources[0].mean.device))
+            self.register_buffer(f"mean{i}", torch.tensor(mean, device=sources[0].device))
+            self.register_buffer(f"std{i}", torch.tensor(std, device=sources[0].device))
 
     def forward(self, pixel_BCHW: Tensor) -> list[Tensor]:
         x = [
@@ -215,14 +213,17 @@ class _Stack:
 
 def _level(tensors: list[Tensor]) -> list[Tensor]:
     rows = max(t.shape[0] for t in tensors) if tensors[0].dim() else 0
-    return [torch.cat([t, t.new_zeros(rows - len(t), *t.shape[1:])]) if t.dim() and len(t) < rows else t for t in tensors]
+    return [
+        torch.cat([t, t.new_zeros(rows - len(t), *t.shape[1:])]) if t.dim() and len(t) < rows else t for t in tensors
+    ]
 
 
 class _Graphs:
     """A CUDA graph for the first shape that comes; other shapes (an epoch's last batch) run as they are."""
 
     def __init__(self, run: Callable[[Tensor], list[Tensor]]) -> None:
-        self._run, self._graph = run, None
+        self._run = run
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._given: Tensor | None = None
         self._made: list[Tensor] = []
 
@@ -233,7 +234,8 @@ class _Graphs:
         if pixel_BCHW.shape != self._given.shape:
             return self._run(pixel_BCHW)
         self._given.copy_(pixel_BCHW)
-        self._graph.replay()  # type: ignore[attr-defined]
+        assert self._graph is not None
+        self._graph.replay()
         return self._made  # copied by the caller before the next replay in the same stream
 
     def _record(self, pixel_BCHW: Tensor) -> None:

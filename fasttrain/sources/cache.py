@@ -7,7 +7,7 @@
 Records are written before their seals, and a record whose seal does not fit counts as missing. So the file can be used
 whenever its writers were killed, and any number of processes may read and fill it together, without locks: of two that write
 the same record, both write the same label. The file is read through a memory map and written by ``pwrite``, which reports a
-full disk where a write into a map would be a signal. Records that were never written take no space.
+full disk where a write into a map would be a signal. Records that were never written take no space, and are never read.
 
 Shape suffixes: B batch, K views (or, of a label, its top k classes), N samples of the data set, R bytes, C classes.
 """
@@ -18,6 +18,7 @@ import mmap
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,19 +181,21 @@ class SoftLabelFile:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(content.ljust(_HEADER, b"\0"))
-                file.truncate(self._size)
-                file.flush()
-                os.fsync(file.fileno())
             try:
-                os.link(temporary, self.path)
-            except FileExistsError:
-                pass
+                with open(temporary, "wb") as file:
+                    file.write(content.ljust(_HEADER, b"\0"))
+                    file.flush()
+                    os.posix_fallocate(
+                        file.fileno(), 0, self._records_at
+                    )  # to read a hole on a full tmpfs is a signal, too
+                    file.truncate(self._size)
+                    os.fsync(file.fileno())
+                with suppress(FileExistsError):
+                    os.link(temporary, self.path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
             raise CacheError(f"soft labels cannot be kept in {self.path.parent} ({error.strerror})") from None
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def file_name(source: str, about: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ def folded(network: nn.Module, example_BCHW: Tensor) -> tuple[nn.Module, int]:
         for conv, norm in pairs:
             _fold(out, conv, norm)
         after = out(example_BCHW)
-    if not (after - before).abs().max() <= _RELATIVE * before.abs().max():
+    if not pairs or not (after - before).abs().max() <= _RELATIVE * before.abs().max():
         return network, 0
     return out, len(pairs)
 
@@ -42,14 +42,14 @@ def _pairs(network: nn.Module, example_BCHW: Tensor) -> list[tuple[nn.Conv2d, nn
     made_by: dict[int, nn.Conv2d] = {}
     kept: list[Tensor] = []  # so that no identity is given twice
     runs: dict[nn.Module, int] = {}
-    pairs = []
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
     def ran(module: nn.Module, given: tuple, output: Tensor) -> None:
         runs[module] = runs.get(module, 0) + 1
         if isinstance(module, nn.Conv2d):
             made_by[id(output)] = module
             kept.append(output)
-        elif id(given[0]) in made_by:
+        elif isinstance(module, nn.BatchNorm2d) and id(given[0]) in made_by:
             pairs.append((made_by[id(given[0])], module))
 
     hooks = [m.register_forward_hook(ran) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]

@@ -32,6 +32,13 @@ class SourceNetwork(nn.Module):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     nn.Module.train(module, True)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        mean = self.mean
+        assert isinstance(mean, torch.Tensor)
+        return mean.device
+
     def train(self, mode: bool = True) -> "SourceNetwork":
         """Stays as it is: a source is frozen."""
         return self

@@ -134,7 +134,8 @@ class RecalledSources:
         self.still, self._every = still, bool(files[0].about["view"]["every"])
         self.class_counts = tuple(f.form.classes for f in files)
         self.views, self.index_N = files[0].shape[0], index_N
-        self._open_bank, self._bank = bank, None
+        self._open_bank = bank
+        self._bank: SourceBank | None = None
         self.computed = 0  # labels of one source that were missing
         self._full = False
         self.tables = [_Table(f, index_N, device) for f in files] if in_memory else None
@@ -326,4 +327,3 @@ def _sent(records: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         values = torch.from_numpy(np.ascontiguousarray(records[name]))
         out[name] = values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
     return out
-

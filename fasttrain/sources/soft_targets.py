@@ -12,8 +12,8 @@ class SoftTargets:
     """Soft labels of all sources side by side.
 
     Attributes:
-        target_BC: logits [B, C1 + .. + CM], in the type the networks computed in or the one that was kept; or what was kept of them
-            (:class:`fasttrain.kernels.TopK`).
+        target_BC: logits [B, C1 + .. + CM], in the type the networks computed in or the one that was kept; or what was kept
+            of them (:class:`fasttrain.kernels.TopK`).
         class_counts: C1, .., CM.
         names: of the sources, in the same order.
     """

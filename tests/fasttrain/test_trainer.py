@@ -13,7 +13,7 @@ from fasttrain import trainer as trainer_module
 from fasttrain.build import build
 from fasttrain.compare import _shared_out, jobs_of, run
 from fasttrain.log import read_lines
-from fasttrain.sources import SourceNetwork
+from fasttrain.sources import SourceBank
 from fasttrain.tasks import SingleLabel
 from fasttrain.trainer import Trainer
 
@@ -115,7 +115,7 @@ def test_one_step_is_the_papers_equation(small, tmp_path):
     (ce + 0.5 * aux).backward()
     gradients = {k: v.grad.clone() for k, v in parts.target.named_parameters()}
     parts.target.zero_grad()
-    trainer._take_step(batch)
+    trainer._take_step(trainer._begin(iter([batch])))
     assert float(trainer.sums["loss"]) == pytest.approx(float((ce + 0.5 * aux).detach()), rel=1e-5)
     assert float(trainer.sums["aux/tiny"]) == pytest.approx(float(aux.detach()), rel=1e-5)
     for name, value in parts.target.named_parameters():
@@ -145,7 +145,7 @@ def test_sources_and_heads_never_run_in_evaluation(small, monkeypatch):
     def forbidden(*_):
         raise AssertionError("ran in evaluation")
 
-    monkeypatch.setattr(SourceNetwork, "forward", forbidden)
+    monkeypatch.setattr(SourceBank, "logits", forbidden)
     for head in parts.target.aux_heads.values():
         monkeypatch.setattr(head, "forward", forbidden)
     figures = trainer_module.evaluate(parts, parts.target, "val")
@@ -164,12 +164,24 @@ def test_sources_do_not_change_and_get_no_gradient(small):
     assert all(p.grad is None for p in parts.networks[0].parameters())
 
 
-def test_recalled_training_is_live_training(small):
-    """Float32 on the CPU: the same curve, within what the size of the sources' batches changes in their rounding."""
-    common = ("--run.log_every", "1", "--optim.epochs", "3")
-    recalled = curve(fit(small(*common, "--name", "recalled")))
-    live = curve(fit(small(*common, "--name", "live", "--transfer.recall", "false")))
-    assert [r[1] for r in recalled[:6]] == pytest.approx([x[1] for x in live[:6]], rel=1e-4)
+def test_recalled_training_is_live_training(small, tmp_path):
+    """Float32 on the CPU: the same curve, bit for bit, while labels are met (2 epochs) and while they are recalled (2 more);
+    also in batches of another size, from a cache that another run has filled, with stills, and with every view numbered."""
+    for name, how in {
+        "views": ("--data.views", "2"),
+        "still": ("--data.views", "2", "--transfer.still", "16"),
+        "every": ("--data.views", "0", "--transfer.every_view", "true", "--data.pad", "1"),
+    }.items():
+        cache = ("--transfer.cache", str(tmp_path / name))
+        common = (*how, "--run.log_every", "1", "--optim.epochs", "4")
+        live = curve(fit(small(*common, "--name", f"{name}-live", "--transfer.recall", "false")))
+        met = curve(fit(small(*common, *cache, "--name", f"{name}-met", "--transfer.recall_gib", "0")))
+        assert met == live, name
+        again = curve(fit(small(*common, *cache, "--name", f"{name}-again")))
+        assert again == live, name
+        other = (*common, "--data.batch", "9", "--run.seed", "3")
+        live = curve(fit(small(*other, "--name", f"{name}-other-live", "--transfer.recall", "false")))
+        assert curve(fit(small(*other, *cache, "--name", f"{name}-other"))) == live, name
 
 
 def test_it_learns(smoke):
@@ -191,9 +203,9 @@ def test_compiled_trains_alike(small, monkeypatch):
     plain = curve(fit(small(*common, "--name", "plain")))
     calls: list = []
 
-    def compiled(module):
-        calls.append(module)
-        return compile_(module, backend="aot_eager", fullgraph=True)
+    def compiled(function, **_):
+        calls.append(function)
+        return compile_(function, backend="aot_eager", fullgraph=True)
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", compiled)
