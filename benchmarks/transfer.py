@@ -1,10 +1,11 @@
 """Suite ``transfer``: the transfer modules of all sources, forward and backward, run one by one and together.
 
-    fasttrain bench transfer [--target resnet20] [--size 96] [--batch 128] [--classes 1000,365] [--rounds 7] [--no-compile]
+    fasttrain bench transfer [--target resnet20] [--size 96] [--batch N] [--classes 1000,365] [--rounds 7] [--no-compile]
                              [--json FILE]
 
   --target      the backbone whose taps are read; it does not run itself
   --size        side in pixels of the images that it would see
+  --batch       images a step; 128 on a GPU and 16 on a CPU if not given
   --classes     of the sources, one transfer module for each
   --no-compile  leave out the rows under torch.compile, which take a while to compile
 
@@ -52,13 +53,14 @@ def run(arguments: list[str]) -> dict[str, Any]:
         shapes = [t.shape[1:] for t in backbone(torch.empty(2, 3, given.size, given.size))]
     modules = nn.ModuleList(
         [TransferModule(backbone.tap_channels, backbone.transfer_width, classes) for classes in given.classes]
-    ).to(device, memory_format=torch.channels_last)
+    )
+    modules.to(device).to(memory_format=torch.channels_last)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = given.batch * sum(shape.numel() for shape in shapes) * dtype.itemsize
     sets = max(2, min(16, -(-2 * cache_bytes(device) // size)))
     data = [[_tap(given.batch, shape, device, dtype) for shape in shapes] for _ in range(sets)]
     upstream_BC = torch.randn(given.batch, sum(given.classes), device=device, dtype=dtype)
-    runs = {name: partial(_forward, modules, how, dtype) for name, how in ROWS.items()}
+    runs: dict[str, Run] = {name: partial(_forward, modules, how, dtype) for name, how in ROWS.items()}
     saved = {name: _kept(heads, data[0], modules) for name, heads in runs.items()}
     not_run: dict[str, str] = {}
     if given.compile:
@@ -86,7 +88,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fasttrain bench transfer", exit_on_error=False, add_help=False)
     parser.add_argument("--target", default="resnet20")
     parser.add_argument("--size", type=int, default=96)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=128 if torch.cuda.is_available() else 16)
     parser.add_argument("--classes", type=lambda text: [int(part) for part in text.split(",")], default=[1000, 365])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-compile", dest="compile", action="store_false")

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .device import choose_compile, choose_device, choose_dtype
+from .device import choose_compile, choose_device, choose_dtype, choose_source_dtype
 from .kernels import SoftTargetLoss
 from .loaders import (
     Dataset,
@@ -28,7 +29,7 @@ from .recipe import Recipe
 from .sources import RecalledSources, SourceBank, SourceNetwork, open_source
 from .sources.recall import label_form, open_files
 from .tasks import SingleLabel
-from .transfer import AuxiliaryHead, LinearHead, TransferModule
+from .transfer import AuxiliaryHead, LinearHead, TransferModule, run_together
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Parts:
     recipe: Recipe
     device: torch.device
     dtype: torch.dtype
+    source_dtype: torch.dtype
     dataset: Dataset
     open_loader: Callable[[LoaderSpec], EpochLoader]
     train_spec: LoaderSpec
@@ -74,7 +76,7 @@ class Parts:
 
         def bank() -> SourceBank:
             compiles = self.compile != "off"
-            return SourceBank(self.networks, self.dtype, strategy=transfer.bank, compiles=compiles, report=report)
+            return SourceBank(self.networks, self.source_dtype, strategy=transfer.bank, compiles=compiles, report=report)
 
         drifting = [n.spec.name for n in self.networks if n.spec.batch_norm == "batch"]
         if not recalls(self.recipe) or drifting:
@@ -85,12 +87,12 @@ class Parts:
             self.networks,
             self.source_spec,
             folder=Path(transfer.cache) if transfer.cache else folder,
-            dtype=self.dtype,
+            dtype=self.source_dtype,
             top=transfer.recall_top,
             strict=transfer.cache is not None,
             report=report,
         )
-        fits = label_bytes(self.recipe, len(self.train_spec.index_N), self.dtype) <= transfer.recall_gib * 2**30
+        fits = label_bytes(self.recipe, len(self.train_spec.index_N), self.source_dtype) <= transfer.recall_gib * 2**30
         return RecalledSources(
             bank,
             files,
@@ -141,6 +143,7 @@ def build(recipe: Recipe) -> Parts:
         recipe=recipe,
         device=device,
         dtype=dtype,
+        source_dtype=choose_source_dtype(recipe.transfer.precision, dtype, device),
         dataset=dataset,
         open_loader=opener,
         train_spec=train_spec,
@@ -260,6 +263,10 @@ def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int]) -
         else:
             head = LinearHead(backbone.feature_dim, count)
         target.aux_heads[name] = head
+    transfer = recipe.transfer
+    if transfer.module and source_classes and (transfer.together != "auto" or transfer.recompute):
+        form = "plain" if transfer.together == "auto" else transfer.together
+        target.together = partial(run_together, form=form, pad_to=transfer.pad_to, recompute=transfer.recompute)
     return target
 
 

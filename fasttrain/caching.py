@@ -55,7 +55,7 @@ def fill(
         ValueError: the disk has no room for them.
         OSError: it filled up meanwhile.
     """
-    each = label_bytes(parts.recipe, 1, parts.dtype) // sources.views
+    each = label_bytes(parts.recipe, 1, parts.source_dtype) // sources.views
     lacking = sum(
         len(np.unique(np.concatenate([f.missing(view, sources.index_N) for f in sources.files])))
         for view in range(sources.views)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import kernels
 from .build import build_target, label_bytes, loader_specs, open_data, recalls
-from .device import choose_device, choose_dtype
+from .device import choose_device, choose_dtype, choose_source_dtype
 from .loaders import choose_loader
 from .recipe import Recipe
 from .sources.network import build_network
@@ -40,9 +40,12 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
         content["loader"] = f"{name} ({why})"
         content["images"] = {"train": len(spec.index_N)} | {k: len(s.index_N) for k, s in evals.items()}
         if recalls(recipe) and sources:
-            content["recalled_soft_targets_bytes"] = label_bytes(recipe, len(spec.index_N), dtype)
+            content["recalled_soft_targets_bytes"] = label_bytes(
+                recipe, len(spec.index_N), choose_source_dtype(recipe.transfer.precision, dtype, device)
+            )
     with torch.device("meta"):
         target = build_target(recipe, classes, sources)
+        target.together = None  # merged weights would be counted as activations, and grouped gradients M times
     every = sum(p.numel() for p in target.parameters())
     alone = every - sum(p.numel() for p in target.aux_heads.parameters())
     content["parameters"] = {"target": alone, "training": every}

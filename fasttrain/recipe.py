@@ -128,6 +128,13 @@ class Transfer:
     """mean divides by the source's class count as well, as the published code does: the transfer all but vanishes."""
     module: bool = False
     """Auxiliary heads with the paper's transfer module (bottlenecks on every stage) instead of a linear layer."""
+    together: Literal["auto", "plain", "shared", "grouped"] = "auto"
+    """Transfer modules of several sources: plain (one after the other), shared (one first convolution on each stage), grouped
+    (all of them one, then grouped convolutions); exact, a matter of speed. auto: plain, the fastest seen so far."""
+    pad_to: int = 1
+    """Channels of shared and grouped transfer modules are filled up with zeros to a multiple of this (64 for tensor cores)."""
+    recompute: bool = False
+    """Compute the transfer modules' activations again in the backward pass instead of keeping them: less memory."""
     combine: Literal["sum", "mean"] = "sum"
     """The transfer module's branches: summed (the paper) or averaged (the published code)."""
     still: int = 0
@@ -144,6 +151,9 @@ class Transfer:
     cache: str | None = None
     """Folder of recalled soft labels, shared by all runs that name it; labels of anything else there are refused.
     null: a folder of the run's own (runs/NAME/recall)."""
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """Of the sources' arithmetic; auto: fp32 where run.precision is, else fp16 on a GPU, which costs what bf16 costs and rounds
+    8 times as finely, and on a CPU what the run has."""
     bank: Literal["auto", "plain", "folded", "compiled", "stacked", "graphed"] = "auto"
     """How live sources run: plain (one after the other, as they are), folded (batch norms in the convolutions), compiled,
     stacked (networks of one architecture as one), graphed (CUDA graph); auto: the fastest seen on such a device."""
@@ -352,7 +362,7 @@ _RANGES: list[tuple[Callable[[float], bool], str, str]] = [
         lambda v: v > 0,
         "is not above 0",
         "data.size data.batch transfer.temperature optim.epochs run.seeds run.parallel run.eval_every run.log_every "
-        "run.checkpoint_every run.accumulate",
+        "run.checkpoint_every run.accumulate transfer.pad_to",
     ),
     (
         lambda v: v >= 0,

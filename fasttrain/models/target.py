@@ -1,11 +1,16 @@
 """The network being trained: a backbone, the task's head, and an auxiliary head for each source."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
+
+
+Together = Callable[[list[Any], list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class Target(nn.Module):
     Args:
         backbone: with taps.
         classes: of the task.
+
+    Attributes:
+        together: runs all auxiliary heads as one, from the heads and the taps; None runs one after the other.
     """
 
     def __init__(self, backbone: Backbone, classes: int) -> None:
@@ -40,6 +48,7 @@ class Target(nn.Module):
         nn.init.kaiming_normal_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.aux_heads = nn.ModuleDict()
+        self.together: Together | None = None
 
     @property
     def classes(self) -> int:
@@ -51,5 +60,9 @@ class Target(nn.Module):
         feature_BD = self.backbone.pool(taps[-1])
         aux_logits_BC = None
         if aux and self.aux_heads:
-            aux_logits_BC = torch.cat([head(taps, feature_BD) for head in self.aux_heads.values()], dim=1)
+            heads = list(self.aux_heads.values())
+            if self.together is not None:
+                aux_logits_BC = self.together(heads, taps)
+            else:
+                aux_logits_BC = torch.cat([head(taps, feature_BD) for head in heads], dim=1)
         return TargetOutput(self.head(feature_BD), aux_logits_BC)

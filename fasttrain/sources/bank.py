@@ -53,7 +53,7 @@ class SourceBank:
         strategy: the one that runs.
 
     Raises:
-        ValueError: a strategy that cannot run here or with these networks.
+        ValueError: a strategy that cannot run here or with these networks; later, logits that are no numbers.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SourceBank:
         self.networks, self.dtype = list(networks), dtype
         self.class_counts = tuple(n.spec.classes for n in networks)
         self.names = tuple(n.spec.name for n in networks)
-        self.device = networks[0].device
+        self.device, self._seen = networks[0].device, False
         self._whole = self.device.type != "cpu" or any(n.spec.batch_norm == "batch" for n in networks)
         self.strategy = _chosen(strategy, self.networks, compiles)
         self._run: Callable[[Tensor], list[Tensor]]
@@ -115,6 +115,10 @@ class SourceBank:
         """uint8 [B, 3, H, W] -> logits of all sources side by side [B, C], in the current stream."""
         with torch.inference_mode():
             parts = self._run(pixel_BCHW) if self._whole else _by_chunks(self._run, pixel_BCHW)
+        if not self._seen:  # only once, as the host waits for it
+            self._seen = True
+            for name, logits in zip(self.names, parts, strict=True):
+                check_finite(name, logits)
         return torch.cat(parts, dim=1)  # a copy that autograd may keep
 
     def describe(self) -> str:
@@ -130,6 +134,19 @@ class SourceBank:
 
     def _soft(self, logits_BC: Tensor) -> SoftTargets:
         return SoftTargets(logits_BC, self.class_counts, self.names)
+
+
+def check_finite(name: str, logits: Tensor) -> None:
+    """Looks for what float16 cannot hold.
+
+    Raises:
+        ValueError: there is some.
+    """
+    if not bool(logits.isfinite().all()):
+        raise ValueError(
+            f"sources: {name} says what is no number"
+            + ("; float16 may be too small for it: set transfer.precision bf16" if logits.dtype == torch.float16 else "")
+        )
 
 
 def _shown(batch: Batch) -> Tensor:

@@ -18,7 +18,7 @@ from fasttrain.kernels import TopK
 from fasttrain.loaders import Batch, LoaderSpec
 from fasttrain.loaders.base import EpochLoader
 
-from .bank import SourceBank, Take
+from .bank import SourceBank, Take, check_finite
 from .cache import CacheError, Form, SoftLabelFile, difference, file_name, read_about
 from .network import SourceNetwork
 from .soft_targets import SoftTargets
@@ -242,6 +242,7 @@ class RecalledSources:
             shown = shown[torch.from_numpy(met_M).to(shown.device)]
         parts = self.bank.logits(shown).split(list(self.class_counts), dim=1)
         for m, (file, logits) in enumerate(zip(self.files, parts, strict=True)):
+            check_finite(self.names[m], logits)
             record_M = file.form.records(logits)
             self._keep(file, view_B[met_M], index_B[met_M], record_M)
             if self.tables is not None:

@@ -114,14 +114,14 @@ def _layer(x_BCHW: Tensor, branches: list[Bottleneck], layer: int, groups: int, 
 @torch.no_grad()
 def _move_on(norms: list[list[nn.BatchNorm2d]], statistics: list[Tensor]) -> None:
     """Running statistics as after ``nn.BatchNorm2d`` in training. Those [2, C] of a batch belong to the norms, side by side."""
-    every = list(chain(*norms))
-    running, of_batch = [], []
+    running, of_batch, counts = [], [], []
     for beside, of_beside in zip(norms, statistics, strict=True):
         for norm, part in zip(beside, of_beside.chunk(len(beside), dim=1), strict=True):
-            running += [norm.running_mean, norm.running_var]
+            running += [cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)]
             of_batch += list(part[:, : norm.num_features])
-    torch._foreach_lerp_(running, of_batch, every[0].momentum)
-    torch._foreach_add_([n.num_batches_tracked for n in every], 1)
+            counts.append(cast(Tensor, norm.num_batches_tracked))
+    torch._foreach_lerp_(running, of_batch, cast(float, norms[0][0].momentum))
+    torch._foreach_add_(counts, 1)
 
 
 def _padded(tensor: Tensor, *shape: int) -> Tensor:
