@@ -9,19 +9,19 @@
   --precision    of the arithmetic; auto: float16 on a GPU, float32 on a CPU
   --photographs  no timing: what every row says of so many photographs, beside the plain networks in float32
 
-Rows: ``plain`` runs one network after the other under autocast, as they were built (the reference); ``folded`` with batch norms in
-the convolutions and weights in the precision asked for; ``compiled`` the same under torch.compile; ``stacked`` networks of one
-architecture as one; ``graphed`` (CUDA) replays them as a CUDA graph. Figures are images a second through all networks together;
+Rows: ``plain`` runs one network after the other under autocast, as they were built (the reference); ``folded`` with batch
+norms in the convolutions and weights in the precision asked for; ``compiled`` the same under torch.compile; ``stacked``
+networks of one architecture as one; ``graphed`` (CUDA) replays them as a CUDA graph. Figures are images a second through all networks together;
 rows take turns, medians. ``error`` is the largest difference from the plain networks in float32, relative to their largest logit.
 """
 
 import argparse
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from fasttrain.loaders import open_dataset, stored_pixels
+from fasttrain.loaders import open_dataset
+from fasttrain.loaders.datasets import stored_pixels
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -91,7 +91,9 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     given.weights = given.weights or ["random"] * count
     given.classes = given.classes or ([1000, 365] if count == 2 else [1000] * count)
     if rest or min(given.size, given.pixels, given.batch, given.repeats) < 1:
-        raise ValueError(f"bench sources: what is {' '.join(rest) or 'a number below 1'}? See `fasttrain bench sources -h`")
+        raise ValueError(
+            f"bench sources: what is {' '.join(rest) or 'a number below 1'}? See `fasttrain bench sources -h`"
+        )
     if len(given.weights) != count or len(given.classes) != count:
         raise ValueError(f"bench sources: {count} --models need as many --weights and --classes")
     unknown = [name for name in given.rows if name not in STRATEGIES]
@@ -100,7 +102,9 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     return given
 
 
-def _speeds(banks: dict[str, SourceBank], sources: list[SourceNetwork], given, device: torch.device) -> list[dict[str, Any]]:
+def _speeds(
+    banks: dict[str, SourceBank], sources: list[SourceNetwork], given, device: torch.device
+) -> list[dict[str, Any]]:
     shape, sets = (given.batch, 3, given.pixels, given.pixels), 3
     images = [
         torch.randint(0, 256, shape, dtype=torch.uint8, device=device).contiguous(memory_format=torch.channels_last)
@@ -118,7 +122,9 @@ def _speeds(banks: dict[str, SourceBank], sources: list[SourceNetwork], given, d
         speeds = [given.batch / ms * 1e3 for ms in case.repeats]
         rows.append({"name": name, "images_per_s": median(speeds), "repeats": speeds, "error": errors[name]})
     for row in rows:
-        row["relative_to"] = {r["name"]: row["images_per_s"] / r["images_per_s"] for r in rows if r["name"] == "plain" != row["name"]}
+        row["relative_to"] = {
+            r["name"]: row["images_per_s"] / r["images_per_s"] for r in rows if r["name"] == "plain" != row["name"]
+        }
     return rows
 
 
@@ -126,11 +132,11 @@ def _agreement(
     banks: dict[str, SourceBank], sources: list[SourceNetwork], count: int, size: int, device: torch.device
 ) -> list[dict[str, Any]]:
     """Of each row and source: how often the first class is the same, and the mean KL divergence."""
-    folder = photographs.CACHE.expanduser().with_name(f"photographs-{max(count, 100)}")
-    photographs.make(folder, max(count, 100))
-    dataset = open_dataset("folder", Path(folder))
+    folder = photographs.CACHE.expanduser().with_name("photographs-2000")
+    photographs.make(folder, 2000)
+    dataset = open_dataset("folder", folder)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].numpy()
-    pixels = torch.from_numpy(stored_pixels(dataset, order, size)).permute(0, 3, 1, 2).to(device)
+    pixels = stored_pixels(dataset, order, size).permute(0, 3, 1, 2).to(device)
     counts = [s.spec.classes for s in sources]
 
     def said(bank: SourceBank) -> list[torch.Tensor]:

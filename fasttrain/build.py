@@ -76,7 +76,9 @@ class Parts:
 
         def bank() -> SourceBank:
             compiles = self.compile != "off"
-            return SourceBank(self.networks, self.source_dtype, strategy=transfer.bank, compiles=compiles, report=report)
+            return SourceBank(
+                self.networks, self.source_dtype, strategy=transfer.bank, compiles=compiles, report=report
+            )
 
         drifting = [n.spec.name for n in self.networks if n.spec.batch_norm == "batch"]
         if not recalls(self.recipe) or drifting:

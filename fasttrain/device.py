@@ -87,7 +87,7 @@ def keep_memory() -> bool:
         return False
     m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
     kept = mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_max, 0)  # older versions allow no more than 32 MiB
-    return bool(kept and mallopt(m_trim_threshold, (1 << 31) - 1))
+    return bool(kept and mallopt(m_trim_threshold, -1))
 
 
 def choose_compile(wanted: bool | str, device: torch.device) -> tuple[str, str]:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 
-
 Together = Callable[[list[Any], list[Tensor]], Tensor]
 
 

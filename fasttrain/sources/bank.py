@@ -145,7 +145,11 @@ def check_finite(name: str, logits: Tensor) -> None:
     if not bool(logits.isfinite().all()):
         raise ValueError(
             f"sources: {name} says what is no number"
-            + ("; float16 may be too small for it: set transfer.precision bf16" if logits.dtype == torch.float16 else "")
+            + (
+                "; float16 may be too small for it: set transfer.precision bf16"
+                if logits.dtype == torch.float16
+                else ""
+            )
         )
 
 
