@@ -52,6 +52,10 @@ gpu:
 	$(ON_GPU) pytest -m gpu --junitxml=$(abspath $(OUT))/gpu-tests.xml
 	$(ON_GPU) pytest tests/kernels --ignore tests/kernels/test_resources.py --junitxml=$(abspath $(OUT))/kernel-tests.xml
 	$(ON_GPU) fasttrain bench kernels --batch 512,8192 --json $(abspath $(OUT))/kernels.json
+	$(ON_GPU) fasttrain bench sources --batch 512 --pixels 224 --json $(abspath $(OUT))/sources.json
+	$(ON_GPU) fasttrain bench transfer --target resnet18 --size 224 --batch 128 --rounds 3 --no-compile --json $(abspath $(OUT))/transfer.json
+	$(if $(DATA),$(ON_GPU) fasttrain bench step --target resnet18 --size 224 --batch 512 --images 1536 --no-module --repeats 3 \
+		--data $(abspath $(DATA)) --loader ffcv --json $(abspath $(OUT))/step.json)
 	$(if $(DATA),$(ON_GPU) fasttrain bench loaders --data $(abspath $(DATA)) --size 224 --batch 256 --json $(abspath $(OUT))/loaders.json)
 
 clean:

@@ -11,8 +11,9 @@
 
 Rows: ``plain`` runs one network after the other under autocast, as they were built (the reference); ``folded`` with batch
 norms in the convolutions and weights in the precision asked for; ``compiled`` the same under torch.compile; ``stacked``
-networks of one architecture as one; ``graphed`` (CUDA) replays them as a CUDA graph. Figures are images a second through all networks together;
-rows take turns, medians. ``error`` is the largest difference from the plain networks in float32, relative to their largest logit.
+networks of one architecture as one; ``graphed`` (CUDA) replays them as a CUDA graph. Figures are images a second through all
+networks together; rows take turns, medians. ``error`` is the largest difference from the plain networks in float32, relative to
+their largest logit.
 """
 
 import argparse

@@ -27,6 +27,7 @@ from .methods import METHODS, Method
 from .models import Target, build_backbone
 from .recipe import Recipe
 from .sources import RecalledSources, SourceBank, SourceNetwork, open_source
+from .sources.bank import chosen_strategy
 from .sources.recall import label_form, open_files
 from .tasks import SingleLabel
 from .transfer import AuxiliaryHead, LinearHead, TransferModule, run_together
@@ -128,6 +129,10 @@ def build(recipe: Recipe) -> Parts:
     torch.manual_seed(recipe.run.seed)
     networks = [open_source(s).to(device) for s in recipe.chosen_sources()]
     log += [f"source {n.spec.name}: {n.spec.model}, {n.origin}, SHA-256 {n.sha256[:16]}" for n in networks]
+    if networks:
+        strategy = chosen_strategy(recipe.transfer.bank, networks, compile_ != "off")
+        source_dtype = choose_source_dtype(recipe.transfer.precision, dtype, device)
+        log += [f"sources, where they run: {strategy}, {str(source_dtype).removeprefix('torch.')}"]
     task = SingleLabel(len(dataset.classes), recipe.optim.label_smoothing)
     torch.manual_seed(recipe.run.seed)
     target = build_target(recipe, task.head_size, {n.spec.name: n.spec.classes for n in networks})

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from . import kernels
-from .device import choose_device, choose_dtype, cpu_name
+from .device import choose_compile, choose_device, choose_dtype, choose_source_dtype, cpu_name
 from .environment import versions
 from .loaders.choose import import_part, missing_part
 from .loaders.show import load_libjpeg
@@ -45,10 +45,19 @@ def examine() -> dict[str, Any]:
             "precision": f"{str(dtype).removeprefix('torch.')} ({why})",
             "loader": _loaders(device.type),
             "soft-target losses": f"{kernel} ({kernel_why})",
+            "live sources": _sources(device, dtype),
+            "compiled step": "{} ({})".format(*choose_compile("auto", device)),
             "optimiser": "torch.optim.SGD(fused=True)",
         },
         "optional": {part: dict(zip(("works", "note"), available(part), strict=True)) for part in OPTIONAL},
     }
+
+
+def _sources(device: torch.device, dtype: torch.dtype) -> str:
+    """How ``transfer.bank`` and ``transfer.precision: auto`` run them."""
+    precision = str(choose_source_dtype("auto", dtype, device)).removeprefix("torch.")
+    how = "compiled, or a CUDA graph, in a stream of their own" if device.type == "cuda" else "batch norms folded"
+    return f"{precision}, {how}"
 
 
 def _loaders(device: str) -> str:

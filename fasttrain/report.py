@@ -84,7 +84,9 @@ def _times(jobs: list, summaries: list[dict[str, Any]]) -> str:
     for job, s in zip(jobs, summaries, strict=True):
         cells = "".join(f"<td>{s['time_share_percent'].get(n, 0):.1f}" for n in names)
         rows.append(f"<tr><td>{_e(job.label)}{cells}<td>{s['train_seconds']:.1f}")
-    return f"<table><tr><th>{head}<th>seconds of training{''.join(rows)}</table>"
+    said = dict.fromkeys(f"{job.row}: {s['advice']}" for job, s in zip(jobs, summaries, strict=True) if s.get("advice"))
+    advice = "".join(f"<p>{_e(text)}</p>" for text in said)
+    return f"<table><tr><th>{head}<th>seconds of training{''.join(rows)}</table>{advice}"
 
 
 def _curves(jobs: list, metric: str) -> str:

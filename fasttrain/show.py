@@ -33,6 +33,7 @@ class Watch:
         self.began: dict[str, tuple[float, int]] = {}
         self.val: dict[str, str] = {}
         self.notes: set[str] = set()
+        self.advice: dict[str, str] = {}
         self.printed = 0.0
 
     def __enter__(self) -> "Watch":
@@ -65,6 +66,11 @@ class Watch:
         text = f"{line['images_per_s']:.0f} images/s, loss {line['loss']:.3f}, {waits}"
         text += f", {self.val[label]}" if label in self.val else ""
         text += f", {_time(left)} left" if left is not None else ""
+        advice = line.get("advice", "")
+        about = advice.partition(":")[2]
+        if about and first_step != step and self.advice.get(label) != about:  # the first steps are not like the others
+            self.advice[label] = about
+            self._print(f"{label}: {advice}")
         if self.console.is_terminal:
             if label not in self.tasks:
                 self.tasks[label] = self.bars.add_task(label, total=1.0, text="")

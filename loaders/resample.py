@@ -32,8 +32,8 @@ def cut(image_BHWC: Tensor, view: View, size: int) -> Tensor:
         return _gather(image_BHWC, np.arange(len(view)), view, size)
     height, width = image_BHWC.shape[1:3]
     device = image_BHWC.device
-    weight_BSH = _weights(view.box_B4[:, 0], view.box_B4[:, 2], height, size, view.flip_B2[:, 1]).to(device)
-    weight_BSW = _weights(view.box_B4[:, 1], view.box_B4[:, 3], width, size, view.flip_B2[:, 0]).to(device)
+    weight_BSH = _sent(_weights(view.box_B4[:, 0], view.box_B4[:, 2], height, size, view.flip_B2[:, 1]), device)
+    weight_BSW = _sent(_weights(view.box_B4[:, 1], view.box_B4[:, 3], width, size, view.flip_B2[:, 0]), device)
     channels = image_BHWC.shape[3]
     row_BSX = weight_BSH @ image_BHWC.flatten(2).float()
     row_BSWC = _round(row_BSX).unflatten(2, (width, channels))
@@ -48,7 +48,7 @@ def cut_from_store(store_NHWC: Tensor, index_B: np.ndarray, view: View, size: in
     """
     if (view.box_B4[:, 2:] == size).all():
         return _gather(store_NHWC, index_B, view, size)
-    return cut(store_NHWC[torch.from_numpy(index_B).to(store_NHWC.device)], view, size)
+    return cut(store_NHWC[_sent(index_B, store_NHWC.device)], view, size)
 
 
 def _round(sum_: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def _round(sum_: Tensor) -> Tensor:
     return (sum_ * (1.0 / _ONE) + 0.5).floor_()
 
 
-def _weights(start_B: np.ndarray, length_B: np.ndarray, extent: int, size: int, flip_B: np.ndarray) -> Tensor:
+def _weights(start_B: np.ndarray, length_B: np.ndarray, extent: int, size: int, flip_B: np.ndarray) -> np.ndarray:
     """Triangle-filter weights in 1/1024: float32 [B, S, extent]; a row sums to 1024, less what lies outside the image.
 
     Output pixel s of a box (start, length) has its centre at ``start + (s + 1/2) * length / S`` and the support
@@ -81,7 +81,13 @@ def _weights(start_B: np.ndarray, length_B: np.ndarray, extent: int, size: int, 
     out_BSX = np.zeros((*centre_BS.shape, extent), dtype=np.float32)
     b, s, _ = np.ogrid[: len(start_B), :size, :taps]
     np.add.at(out_BSX, (b, s, position_BST.clip(0, extent - 1)), whole_BST)
-    return torch.from_numpy(out_BSX)
+    return out_BSX
+
+
+def _sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """On the device; the host does not wait, as it would for pageable memory."""
+    out = torch.from_numpy(values)
+    return out.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else out
 
 
 def _gather(store_NHWC: Tensor, index_B: np.ndarray, view: View, size: int) -> Tensor:
@@ -93,9 +99,9 @@ def _gather(store_NHWC: Tensor, index_B: np.ndarray, view: View, size: int) -> T
     inside_BSS = ((y_BS >= 0) & (y_BS < height))[:, :, None] & ((x_BS >= 0) & (x_BS < width))[:, None, :]
     device = store_NHWC.device
     row_BSS = (index_B[:, None, None] * height + y_BS.clip(0, height - 1)[:, :, None]) * width
-    flat_BSS = torch.from_numpy(row_BSS + x_BS.clip(0, width - 1)[:, None, :]).to(device)
+    flat_BSS = _sent(row_BSS + x_BS.clip(0, width - 1)[:, None, :], device)
     out_BSSC = store_NHWC.view(-1, store_NHWC.shape[3]).index_select(0, flat_BSS.flatten())
     out_BSSC = out_BSSC.view(*flat_BSS.shape, store_NHWC.shape[3])
     if not inside_BSS.all():
-        out_BSSC.mul_(torch.from_numpy(inside_BSS).to(device)[..., None])
+        out_BSSC.mul_(_sent(inside_BSS, device)[..., None])
     return out_BSSC.permute(0, 3, 1, 2)

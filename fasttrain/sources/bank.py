@@ -70,7 +70,7 @@ class SourceBank:
         self.names = tuple(n.spec.name for n in networks)
         self.device, self._seen = networks[0].device, False
         self._whole = self.device.type != "cpu" or any(n.spec.batch_norm == "batch" for n in networks)
-        self.strategy = _chosen(strategy, self.networks, compiles)
+        self.strategy = chosen_strategy(strategy, self.networks, compiles)
         self._run: Callable[[Tensor], list[Tensor]]
         if self.strategy == "plain":
             self._run = self._plain
@@ -157,7 +157,12 @@ def _shown(batch: Batch) -> Tensor:
     return batch.pixels if batch.still is None else batch.still
 
 
-def _chosen(strategy: str, networks: list[SourceNetwork], compiles: bool) -> str:
+def chosen_strategy(strategy: str, networks: list[SourceNetwork], compiles: bool) -> str:
+    """The strategy that runs; see :class:`SourceBank`.
+
+    Raises:
+        ValueError: one that cannot run here.
+    """
     device, drifts = networks[0].device, [n.spec.name for n in networks if n.spec.batch_norm == "batch"]
     if strategy == "auto":
         return "plain" if drifts else "folded" if device.type == "cpu" else "compiled" if compiles else "graphed"
@@ -268,7 +273,7 @@ class _Graphs:
                 self._run(self._given)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # loaders' threads may work meanwhile
             self._made = self._run(self._given)
 
 

@@ -97,7 +97,12 @@ def open_files(
 def _others(path: Path, name: str, depends: dict[str, Any], strict: bool, report: Report) -> None:
     """Says how labels of the same source that lie in the folder differ."""
     for other in sorted(path.parent.glob(f"{name}-{'?' * 16}.soft")):
-        differs = difference({k: v for k, v in read_about(other).items() if k != "labels"}, depends)
+        try:
+            theirs = read_about(other)
+        except CacheError as error:
+            report(f"{error}; not used")
+            continue
+        differs = difference({k: v for k, v in theirs.items() if k != "labels"}, depends)
         text = f"{other} holds other soft labels of {name}: {differs or 'they are kept in another form'}"
         if strict:
             raise CacheError(f"transfer.cache: {text}; choose another folder, or remove it")

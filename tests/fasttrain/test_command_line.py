@@ -301,3 +301,40 @@ def test_killed_while_runs_train_side_by_side(tmp_path):
         time.sleep(0.1)
     else:
         raise AssertionError("a child outlived its parent")
+
+
+def test_cache(fasttrain, tmp_path):
+    """Filled ahead, filled once, found by a training; what does not fit is refused with the difference."""
+    first = fasttrain("cache", "smoke")
+    assert first.returncode == 0, first.stderr
+    assert "2 views of 127 images from tiny; 1.0 MiB of 1.0 MiB to be computed" in first.stdout
+    assert "254 labels" in first.stdout
+    again = fasttrain("cache", "smoke", "--json")
+    (file,) = json.loads(again.stdout)["files"]
+    assert file["labels"] == 254 and "to be computed" not in again.stderr
+    assert Path(tmp_path, file["path"]).parent == tmp_path / "runs/smoke/recall"
+    trained = fasttrain("train", "smoke", "--optim.epochs", "1")
+    assert trained.returncode == 0 and "all known" in trained.stdout
+    named = ("--transfer.cache", "labels")
+    for part in ("1/2", "2/2"):
+        assert fasttrain("cache", "smoke", *named, "--part", part).returncode == 0
+    refused(
+        fasttrain("train", "smoke", *named, "--data.pad", "1", "--name", "other"),
+        "transfer.cache: labels/tiny-",
+        "view.pad is 2 there, 1 here; choose another folder, or remove it",
+    )
+    (path,) = (tmp_path / "labels").iterdir()
+    os.truncate(path, 5000)
+    refused(fasttrain("train", "smoke", *named, "--name", "other"), "is cut short: 5000 bytes of", "remove it")
+
+
+def test_cache_mistakes(fasttrain):
+    refused(fasttrain("cache", "smoke", "--part", "3/2"), "--part: '3/2' is not a part such as 1/4")
+    refused(fasttrain("cache"), "cache needs a recipe")
+    refused(fasttrain("cache", "smoke", "--method.name", "scratch"), "nothing of this recipe is recalled")
+    refused(
+        fasttrain("cache", "smoke", "--transfer.every_view", "true"), "transfer.every_view: only crop pad or centre"
+    )
+    refused(fasttrain("train", "smoke", "--run.compile", "graphs"), "run.compile: graphs needs a CUDA device")
+    refused(fasttrain("train", "smoke", "--optim.impl", "apex"), "optim.impl: apex cannot be used")
+    refused(fasttrain("cache", "smoke", "--transfer.bank", "graphed"), "transfer.bank: graphed needs a CUDA device")

@@ -1,5 +1,9 @@
 """The learning rate against torch's own schedulers, and the moving average."""
 
+import subprocess
+import sys
+import types
+
 import pytest
 import torch
 from torch.optim import SGD, lr_scheduler
@@ -82,3 +86,39 @@ def test_moving_average():
         expected = network.weight.detach().clone() if step == 0 else 0.9 * expected + 0.1 * network.weight.detach()
     assert torch.allclose(average.module.weight, expected)
     assert build_average(Optim(), network) is None
+
+
+def test_apex_that_is_not_there(monkeypatch):
+    """Also PyPI's package of that name, which is something else."""
+    for modules in ({"apex": None}, {"apex": types.ModuleType("apex"), "apex.optimizers": None}):
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        with pytest.raises(ValueError, match=r"optim\.impl: apex cannot be used .*PyPI's is something else"):
+            build_optimiser(Optim(impl="apex"), torch.nn.Linear(2, 2))
+
+
+def test_apex_needs_a_gpu(monkeypatch):
+    stub = types.ModuleType("apex.optimizers")
+    stub.FusedSGD = torch.optim.SGD
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", stub)
+    with pytest.raises(ValueError, match="apex's FusedSGD needs a CUDA device"):
+        build_optimiser(Optim(impl="apex"), torch.nn.Linear(2, 2))
+
+
+def test_memory_is_kept():
+    """Many large tensors, made and freed again and again: after the first time no page is asked for."""
+    code = (
+        "import resource, sys, torch; from fasttrain.device import keep_memory\n"
+        "if sys.argv[1] == 'kept': assert keep_memory()\n"
+        "def once(): [torch.ones(2**22) for _ in range(10)]\n"
+        "once(); once()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(5): once()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "not")
+    }
+    assert faults["kept"] < faults["not"] / 10

@@ -1,6 +1,8 @@
 """The loop: bit-identical when resumed, exact in what it optimises, silent sources in evaluation."""
 
 import json
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import torch
 from fasttrain.kernels import network_input
 
 from fasttrain import trainer as trainer_module
+from fasttrain.advice import advise
 from fasttrain.build import build
 from fasttrain.compare import _shared_out, jobs_of, run
-from fasttrain.log import read_lines
+from fasttrain.log import Clock, read_lines, shares
+from fasttrain.recipe import all_fields
 from fasttrain.sources import SourceBank
 from fasttrain.tasks import SingleLabel
 from fasttrain.trainer import Trainer
@@ -214,6 +218,111 @@ def test_compiled_trains_alike(small, monkeypatch):
     assert [c[1] for c in other] == pytest.approx([p[1] for p in plain], rel=1e-3)
 
 
+def test_accumulated_gradients_are_those_of_the_parts(small, tmp_path):
+    """Weighted by their sizes, the last being smaller; batch norm sees the parts; top-k labels are cut as logits are."""
+    for top in ("0", "5"):
+        common = (
+            "--data.batch",
+            "20",
+            "--run.accumulate",
+            "3",
+            "--optim.schedule",
+            "constant",
+            "--transfer.recall_top",
+            top,
+        )
+        parts = build(small(*common, "--optim.weight_decay", "0", "--optim.momentum", "0"))
+        trainer = Trainer(parts, tmp_path / f"run{top}", tmp_path / "recall", lambda _: None)
+        parts.target.train()
+        batch = next(iter(parts.loaders["train"]))
+        soft = trainer.sources(batch)
+        start = {k: v.detach().clone() for k, v in parts.target.state_dict().items()}
+        for at in (slice(0, 7), slice(7, 14), slice(14, 20)):
+            share = (at.stop - at.start) / 20
+            out = parts.target(network_input(batch.pixels[at], trainer.mean, trainer.std), aux=True)
+            piece = soft.split(7)[at.start // 7]
+            (parts.method.step(out, batch.targets[at], piece)["loss"] * share).backward()
+        expected = {k: start[k] - 0.05 * p.grad for k, p in parts.target.named_parameters()}
+        parts.target.zero_grad()
+        parts.target.load_state_dict(start)
+        trainer._take_step(trainer._begin(iter([batch])))
+        for name, value in parts.target.named_parameters():
+            assert torch.allclose(value, expected[name], atol=1e-6), name
+    with pytest.raises(ValueError, match=r"run\.accumulate: 21 parts of a batch of 20"):
+        small("--data.batch", "20", "--run.accumulate", "21")
+
+
+@pytest.mark.parametrize("form", ["shared", "grouped"])
+def test_transfer_modules_together_train_alike(small, form):
+    two = (
+        "[{name: a, model: test_resnet, weights: random, size: 32}, "
+        "{name: b, model: test_resnet, weights: random, classes: 20, size: 32}]"
+    )
+    common = ("--sources", two, "--transfer.module", "true", "--run.log_every", "1", "--optim.lr", "0.001")
+    plain = curve(fit(small(*common, "--name", "plain")))
+    how = ("--transfer.together", form, "--transfer.pad_to", "64", "--transfer.recompute", "true")
+    other = curve(fit(small(*common, *how, "--name", form)))
+    assert [c[1] for c in other] == pytest.approx([p[1] for p in plain], rel=1e-4)
+
+
+def test_each_moment_belongs_to_a_part(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("fasttrain.log.time.perf_counter", lambda: now[0])
+    clock = Clock(torch.device("cpu"))
+    for part, took in (("data", 3.0), ("sources", 1.0), ("target", 5.0), ("sources", 0.5)):
+        now[0] += took
+        clock.mark(part)
+    clock.settle()
+    now[0] += 100
+    clock.start()  # an evaluation, say
+    now[0] += 2
+    clock.mark("data")
+    assert clock.seconds == clock.lately == {"data": 3.0, "sources": 1.5, "target": 5.0}
+    clock.settle()
+    assert clock.lately == {"data": 2.0} and clock.seconds == {"data": 5.0, "sources": 1.5, "target": 5.0}
+    clock.settle()
+    assert clock.lately == {}
+    assert shares({"data": 1.0, "target": 3.0}) == {"data": 25.0, "target": 75.0}
+
+
+def test_the_account_of_the_time(small):
+    """In each line of the log the shares of its steps, the advice in summary and report; what is slow is found."""
+    parts = build(small("--transfer.recall", "false", "--run.log_every", "2", "--optim.epochs", "3"))
+    (job,) = jobs_of(parts.recipe)
+    trainer = Trainer(parts, job.folder, job.folder / "recall", lambda _: None)
+    logits = trainer.sources.logits
+
+    def slow(pixels):
+        time.sleep(0.5)
+        return logits(pixels)
+
+    trainer.sources.logits = slow
+    summary = trainer.fit()
+    for line in read_lines(job.folder, "step"):
+        found = {k: v for k, v in line.items() if k.endswith("_share")}
+        assert sum(found.values()) == pytest.approx(100) and {"data_share", "target_share", "optimiser_share"} <= set(
+            found
+        )
+        assert line["sources_share"] > 30
+    assert summary["advice"].startswith("waits ") and "transfer.recall true" in summary["advice"]
+    assert set(summary["time_share_percent"]) <= {"data", "sources", "target", "optimiser", "other"}
+
+
+def test_advice(small):
+    def said(share: dict[str, float], *how: str, loader: str = "ffcv", **given) -> str:
+        return advise(share, small(*how), loader, **({"recalled": False, "compiled": False} | given))
+
+    assert said({"data": 4.0, "sources": 9.0, "target": 87.0}) == ""
+    text = said({"data": 31.4, "sources": 9.0, "target": 60.0})
+    assert text.startswith("waits 31 % for data: ") and "--max-size" in text
+    assert "fasttrain pack" in said({"data": 31.0}, loader="torch")
+    assert "hw_decoder_load" in said({"data": 31.0}, loader="dali")
+    assert "data.views 4" in said({"sources": 31.0}, "--data.views", "0")
+    assert "fasttrain cache" in said({"sources": 31.0}, recalled=True)
+    for name in re.findall(r"(?:data|transfer|run|optim)\.\w+", text):
+        assert name in all_fields()
+
+
 def test_a_run_leaves_what_it_should(small, tmp_path):
     recipe = small("--run.tensorboard", "true")
     folder = fit(recipe)
@@ -234,7 +343,18 @@ def test_a_run_leaves_what_it_should(small, tmp_path):
         and summary["environment"]["versions"]["torch"] == torch.__version__.partition("+")[0]
     )
     step = read_lines(folder, "step")[0]
-    assert {"loss", "primary", "aux/tiny", "lr", "images_per_s", "data_share", "sources_share"} <= set(step)
+    told = {
+        "loss",
+        "primary",
+        "aux/tiny",
+        "lr",
+        "images_per_s",
+        "data_share",
+        "sources_share",
+        "target_share",
+        "advice",
+    }
+    assert told <= set(step)
 
 
 def test_best_or_last(small):
