@@ -17,6 +17,7 @@ their largest logit.
 """
 
 import argparse
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -68,8 +69,8 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
 
 def _source(name: str, model: str, weights: str, classes: int, size: int) -> Source:
-    lite = {"mean": [127.0] * 3, "std": [128.0] * 3} if "efficientnet_lite" in model else {}
-    return Source(name, model, weights=weights, classes=classes, size=size, **lite)
+    source = Source(name, model, weights=weights, classes=classes, size=size)
+    return replace(source, mean=[127.0] * 3, std=[128.0] * 3) if "efficientnet_lite" in model else source
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:

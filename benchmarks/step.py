@@ -83,7 +83,11 @@ def run(arguments: list[str]) -> dict[str, Any]:
     data = prepare(given.data, 2000)
     asked = {k: v for k, v in vars(given).items() if k not in ("rows", "repeats", "data")}
     asked["file"] = str(data.packed.source)
-    content: dict[str, Any] = asked | {"device": str(device), "rows": [], "not_run": {}}
+    content: dict[str, Any] = {k: v for k, v in asked.items() if k != "file"} | {
+        "device": str(device),
+        "rows": [],
+        "not_run": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         asked["folder"], asked["indices"] = folder, str(Path(folder) / "indices")
         train_N = data.packed.splits["train"]

@@ -116,7 +116,7 @@ def step_table() -> str:
         ratios = [
             f"{row['relative_to'][r]:.2f}" if r in row["relative_to"] else "" for r in ("paper-style", "heads alone")
         ]
-        known = row["gflops"] > 0
+        known = (row["gflops"] or 0) > 0
         share = f"{100 * row['gflops'] / content['peak_gflops']:.0f} %" if known else ""
         speed = f"{row['images_per_s']:.2f}" if row["images_per_s"] < 100 else f"{row['images_per_s']:.0f}"
         lines.append(f"| {row['name']} | {speed} | {' | '.join(ratios)} | {share} |")

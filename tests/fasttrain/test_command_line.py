@@ -213,7 +213,8 @@ def test_doctor(fasttrain):
     content = json.loads(fasttrain("doctor", "--json").stdout)
     assert content["uses"]["soft-target losses"].startswith("triton" if torch.cuda.is_available() else "reference")
     assert content["optional"]["triton"]["works"] is True
-    assert set(content["uses"]) == {"device", "precision", "loader", "soft-target losses", "optimiser"}
+    parts = {"device", "precision", "loader", "soft-target losses", "live sources", "compiled step", "optimiser"}
+    assert set(content["uses"]) == parts
     assert "apex: " in fasttrain("doctor").stdout
 
 
