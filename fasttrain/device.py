@@ -43,8 +43,8 @@ def choose_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, str
 def choose_source_dtype(precision: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The type of the sources' arithmetic in a run of type ``dtype``.
 
-    Rounded to bf16, EfficientNet-Lite0 names another class than in float32 for 1 to 2 % of photographs; rounded to float16
-    for a few in a thousand (docs/sources.md).
+    Rounded to bf16, EfficientNet-Lite0 names another class than in float32 for 2 to 3 % of photographs; rounded to float16
+    for less than 1 % (docs/sources.md).
     """
     if precision != "auto":
         return choose_dtype(precision, device)[0]

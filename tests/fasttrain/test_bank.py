@@ -183,8 +183,8 @@ def test_the_bank_leaves_the_network_as_it_was():
 
 def test_real_weights_on_real_photographs(need):
     """EfficientNet-Lite0 on views of scikit-learn's two photographs, in float32, and in float16 as the bank runs on a GPU: KL
-    below 1e-3, and another first class only where two are as good. That it is the same for 99.5 % and more of a thousand
-    photographs is what `fasttrain bench sources --photographs 1000` shows (docs/sources.md)."""
+    below 1e-3, and another first class only where two are as good. How often that is, of hundreds of photographs, is what
+    `fasttrain bench sources --photographs N` measures (docs/sources.md)."""
     need("elpv")
     from sklearn.datasets import load_sample_image
 
