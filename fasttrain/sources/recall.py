@@ -205,7 +205,7 @@ class RecalledSources:
                     for batch in loader:
                         self.start(batch)
                         if self._full:
-                            raise OSError(self.files[0].full)
+                            raise OSError(next(f.full for f in self.files if f.full))
                         done += len(batch) * spec.ranks
                         progress(Fill(done, total, self.computed))
                         interrupts.check()
