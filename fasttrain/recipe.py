@@ -152,11 +152,11 @@ class Transfer:
     """Folder of recalled soft labels, shared by all runs that name it; labels of anything else there are refused.
     null: a folder of the run's own (runs/NAME/recall)."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    """Of the sources' arithmetic; auto: fp32 where run.precision is, else fp16 on a GPU, which costs what bf16 costs and rounds
-    8 times as finely, and on a CPU what the run has."""
+    """Of the sources' arithmetic; auto: fp32 where run.precision is, else fp16 on a GPU, which rounds 8 times as finely as
+    bf16, and on a CPU what the run has."""
     bank: Literal["auto", "plain", "folded", "compiled", "stacked", "graphed"] = "auto"
     """How live sources run: plain (one after the other, as they are), folded (batch norms in the convolutions), compiled,
-    stacked (networks of one architecture as one), graphed (CUDA graph); auto: the fastest seen on such a device."""
+    stacked (networks of one architecture as one), graphed (CUDA graph); auto: folded on a CPU, on a GPU compiled or graphed (not measured there yet)."""
 
 
 @dataclass
