@@ -156,7 +156,8 @@ class Transfer:
     bf16, and on a CPU what the run has."""
     bank: Literal["auto", "plain", "folded", "compiled", "stacked", "graphed"] = "auto"
     """How live sources run: plain (one after the other, as they are), folded (batch norms in the convolutions), compiled,
-    stacked (networks of one architecture as one), graphed (CUDA graph); auto: folded on a CPU, on a GPU compiled or graphed (not measured there yet)."""
+    stacked (networks of one architecture as one), graphed (CUDA graph); auto: folded on a CPU, on a GPU compiled or graphed
+    (not measured there yet)."""
 
 
 @dataclass
