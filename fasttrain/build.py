@@ -12,6 +12,7 @@ import torch
 from .device import choose_compile, choose_device, choose_dtype, choose_source_dtype
 from .kernels import SoftTargetLoss
 from .loaders import (
+    ClipPlan,
     Dataset,
     Growth,
     LoaderSpec,
@@ -136,8 +137,9 @@ def build(recipe: Recipe) -> Parts:
     task = SingleLabel(len(dataset.classes), recipe.optim.label_smoothing)
     torch.manual_seed(recipe.run.seed)
     target = build_target(recipe, task.head_size, {n.spec.name: n.spec.classes for n in networks})
+    _same_dims(recipe, target)
     if recipe.run.channels_last:
-        target = target.to(memory_format=torch.channels_last)
+        target.channels_last()
     method, kernels = build_method(recipe, task, device)
     log += [kernels] if kernels else []
 
@@ -168,7 +170,11 @@ def build(recipe: Recipe) -> Parts:
 def open_data(recipe: Recipe) -> Dataset:
     """The recipe's data set, its class count checked against ``target.classes``."""
     data = recipe.data
-    dataset = open_dataset(data.name, data.root, val_share=data.val_share, verify=data.verify)
+    dataset = open_dataset(
+        data.name, data.root, val_share=data.val_share, verify=data.verify, split=data.split, decoder=data.decoder
+    )
+    if data.frames and not dataset.video:
+        raise ValueError(f"data.frames: {data.frames}, and {dataset.name} is no data set of videos")
     if recipe.target.classes not in (0, len(dataset.classes)):
         raise ValueError(
             f"target.classes: {recipe.target.classes}, but {dataset.name} has {len(dataset.classes)} classes"
@@ -196,6 +202,8 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
     if data.drop_last and data.batch > len(index_N):
         raise ValueError(f"data.batch: {data.batch} is more than the {len(index_N)} images, and data.drop_last is set")
     every = recipe.transfer.every_view and recalls(recipe) and bool(recipe.chosen_sources())
+    if every and data.frames:
+        raise ValueError("transfer.every_view: clips begin anywhere, so there are too many views to number; set data.views")
     plan = ViewPlan(data.crop, data.pad, data.min_area, data.centre_share, data.flip, data.views, every)
     # recalled sources look at an image only as long as a label is missing; the trainer asks for stills then
     still = recipe.transfer.still if recipe.chosen_sources() and not recalls(recipe) else 0
@@ -213,6 +221,7 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
         growth=Growth(data.grow_from, *data.grow_epochs) if data.grow_from else None,
         balance=data.balance,
         on_bad_sample=data.on_bad_sample,
+        clip=ClipPlan(data.frames, data.stride) if data.frames else None,
     )
     evals = {
         split: LoaderSpec(
@@ -221,9 +230,10 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
             plan=evaluation(data.centre_share),
             size=data.size,
             stored=data.stored,
-            batch=max(data.batch, 250),
+            batch=data.batch if data.frames else max(data.batch, 250),
             shuffle=False,
             on_bad_sample=data.on_bad_sample,
+            clip=ClipPlan(data.frames, data.stride, max(data.clips, 1), data.crops) if data.frames else None,
         )
         for split in ("val", "test")
     }
@@ -275,6 +285,14 @@ def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int]) -
         form = "plain" if transfer.together == "auto" else transfer.together
         target.together = partial(run_together, form=form, pad_to=transfer.pad_to, recompute=transfer.recompute)
     return target
+
+
+def _same_dims(recipe: Recipe, target: Target) -> None:
+    """Raises ``ValueError`` where a network for images is to see clips, or the other way round."""
+    frames, dims = recipe.data.frames, target.backbone.dims
+    if (dims == 3) != (frames > 0):
+        right = "set data.frames, such as 16" if dims == 3 else "set data.frames to 0, or choose a 3D network"
+        raise ValueError(f"target.model: {recipe.target.model} takes {'clips' if dims == 3 else 'images'}; {right}")
 
 
 def build_method(recipe: Recipe, task: SingleLabel, device: torch.device) -> tuple[Method, str]:

@@ -38,7 +38,7 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
         spec, evals = loader_specs(recipe, dataset)
         name, why = (recipe.data.loader, "as asked") if recipe.data.loader != "auto" else choose_loader(spec, device)
         content["loader"] = f"{name} ({why})"
-        content["images"] = {"train": len(spec.index_N)} | {k: len(s.index_N) for k, s in evals.items()}
+        content["videos" if dataset.video else "images"] = {"train": len(spec.index_N)} | {k: len(s.index_N) for k, s in evals.items()}
         if recalls(recipe) and sources:
             content["recalled_soft_targets_bytes"] = label_bytes(
                 recipe, len(spec.index_N), choose_source_dtype(recipe.transfer.precision, dtype, device)
@@ -49,8 +49,10 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
     every = sum(p.numel() for p in target.parameters())
     alone = every - sum(p.numel() for p in target.aux_heads.parameters())
     content["parameters"] = {"target": alone, "training": every}
-    content["flops_per_image"] = {"target_training": _training_flops(target, recipe.data.size, bool(sources))}
-    content["activation_bytes_per_image"] = _activation_bytes(target, recipe.data.size, dtype)
+    shape = input_shape(recipe, target.backbone.dims)
+    content["input"] = list(shape)
+    content["flops_per_image"] = {"target_training": _training_flops(target, shape, bool(sources))}
+    content["activation_bytes_per_image"] = _activation_bytes(target, shape, dtype)
     if source_classes is None:
         content["flops_per_image"] |= {s.name: _source_flops(s) for s in recipe.chosen_sources()}
     content["kernels"] = "{} ({})".format(*kernels.implementation(device.type, recipe.run.kernels))
@@ -62,12 +64,15 @@ def to_text(content: dict[str, Any]) -> str:
     lines = [f"{content['name']}: on {content['device']}, {content['precision']}"]
     parameters = content["parameters"]
     lines.append(f"parameters: {parameters['target']:,} of the target alone, {parameters['training']:,} in training")
+    sample = "a clip" if len(content["input"]) == 4 else "an image"
     for name, flops in content["flops_per_image"].items():
         what = "target, forward and backward" if name == "target_training" else f"source {name}, forward"
-        lines.append(f"{what}: {flops / 1e9:.3f} GFLOP an image")
-    lines.append(f"activations: {content['activation_bytes_per_image'] / 2**20:.1f} MiB an image")
-    if "images" in content:
-        lines.append("images: " + ", ".join(f"{n:,} {split}" for split, n in content["images"].items()))
+        lines.append(f"{what}: {flops / 1e9:.3f} GFLOP {sample}")
+    lines.append(f"activations: {content['activation_bytes_per_image'] / 2**20:.1f} MiB {sample}")
+    for kind in ("images", "videos"):
+        if kind in content:
+            lines.append(f"{kind}: " + ", ".join(f"{n:,} {split}" for split, n in content[kind].items()))
+    if "loader" in content:
         lines.append(f"loader: {content['loader']}")
     if "recalled_soft_targets_bytes" in content:
         lines.append(f"recalled soft targets: {content['recalled_soft_targets_bytes'] / 2**20:.1f} MiB")
@@ -75,16 +80,22 @@ def to_text(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _training_flops(target: torch.nn.Module, size: int, aux: bool) -> int:
-    """2 FLOPs a multiply-add, forward and backward, of one image."""
+def input_shape(recipe: Recipe, dims: int) -> tuple[int, ...]:
+    """Of one sample: (3, S, S), or of a clip (3, T, S, S)."""
+    size = recipe.data.size
+    return (3, recipe.data.frames or 16, size, size) if dims == 3 else (3, size, size)
+
+
+def _training_flops(target: torch.nn.Module, shape: tuple[int, ...], aux: bool) -> int:
+    """2 FLOPs a multiply-add, forward and backward, of one sample."""
     with FlopCounterMode(display=False) as counter:
-        output = target(torch.empty(2, 3, size, size, device="meta"), aux=aux)
+        output = target(torch.empty(2, *shape, device="meta"), aux=aux)
         loss = output.logits_BK.sum() + (output.aux_logits_BC.sum() if output.aux_logits_BC is not None else 0)
         loss.backward()
     return counter.get_total_flops() // 2
 
 
-def _activation_bytes(target: torch.nn.Module, size: int, dtype: torch.dtype) -> int:
+def _activation_bytes(target: torch.nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """What autograd keeps for the backward pass, without weights, if all of it is in ``dtype``."""
     parameters = {id(p) for p in target.parameters()}
     kept: dict[int, int] = {}
@@ -95,7 +106,7 @@ def _activation_bytes(target: torch.nn.Module, size: int, dtype: torch.dtype) ->
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output = target(torch.empty(2, 3, size, size, device="meta"), aux=True)  # noqa: F841, keeps the graph alive
+        output = target(torch.empty(2, *shape, device="meta"), aux=True)  # noqa: F841, keeps the graph alive
     return sum(kept.values()) // 2 * torch.empty(0, dtype=dtype).element_size()
 
 

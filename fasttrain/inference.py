@@ -7,6 +7,7 @@ import torch
 
 from . import checkpoint, trainer
 from .build import Parts, build, build_target
+from .describe import input_shape
 from .files import write_whole
 from .models import Target
 from .recipe import Recipe, Transfer, from_dict, to_yaml
@@ -41,7 +42,7 @@ def evaluate_run(name: str, split: str, overrides: list[str]) -> dict[str, Any]:
 def export(name: str, out: str) -> str:
     """Writes the trained target alone, without auxiliary heads, as a ``torch.export`` program.
 
-    It takes float32 pixels [B, 3, S, S] of 0 to 255, any B, and gives the task's logits [B, K]; the normalisation is
+    It takes float32 pixels [B, 3, S, S] (clips: [B, 3, T, S, S]) of 0 to 255, any B, and gives the task's logits [B, K]; the normalisation is
     inside. Load it with ``torch.export.load(FILE).module()``.
 
     Returns:
@@ -55,26 +56,27 @@ def export(name: str, out: str) -> str:
     classes = tuple(state["classes"])
     target = build_target(recipe, len(classes), {})
     checkpoint.load_target(target, _without_heads(state), path, classes)
-    size = recipe.data.size
+    shape = input_shape(recipe, target.backbone.dims)
     program = torch.export.export(
         _WithNormalisation(target, recipe).eval(),
-        (torch.zeros(2, 3, size, size),),
+        (torch.zeros(2, *shape),),
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
     )
     extra = {"classes.txt": "\n".join(classes), "recipe.yaml": to_yaml(recipe)}
     write_whole(Path(out), lambda file: torch.export.save(program, file, extra_files=extra))
-    return f"{out}: {recipe.target.model}, {len(classes)} classes, pixels float32 [B, 3, {size}, {size}] of 0 to 255"
+    return f"{out}: {recipe.target.model}, {len(classes)} classes, pixels float32 [B, {', '.join(map(str, shape))}] of 0 to 255"
 
 
 class _WithNormalisation(torch.nn.Module):
     def __init__(self, target: Target, recipe: Recipe) -> None:
         super().__init__()
         self.target = target
-        self.register_buffer("mean", torch.tensor(recipe.data.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(recipe.data.std).view(1, 3, 1, 1))
+        ones = [1] * target.backbone.dims
+        self.register_buffer("mean", torch.tensor(recipe.data.mean).view(1, 3, *ones))
+        self.register_buffer("std", torch.tensor(recipe.data.std).view(1, 3, *ones))
 
-    def forward(self, pixel_BCHW: torch.Tensor) -> torch.Tensor:
-        return self.target((pixel_BCHW - self.mean) / self.std).logits_BK  # type: ignore[operator]
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.target((pixels - self.mean) / self.std).logits_BK  # type: ignore[operator]
 
 
 def _open(name: str) -> tuple[Path, dict[str, Any]]:

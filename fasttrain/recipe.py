@@ -22,9 +22,21 @@ class Data:
 
     name: str = "toy"
     """Data set: beton (a packed file), folder (an ImageFolder tree), tar (WebDataset shards), list (CSV or JSONL),
-    voc, cifar10, cifar100, stl10, fashion_mnist, elpv, toy."""
+    voc, cifar10, cifar100, stl10, fashion_mnist, elpv, toy; of videos: ucf101, hmdb51, kinetics400, videos (a list), motion."""
     root: str | None = None
-    """Folder that holds it; of beton and list the file itself."""
+    """Folder that holds it; of beton, list and videos the file itself."""
+    split: int = 1
+    """Official split of ucf101 and hmdb51: 1, 2 or 3."""
+    frames: int = 0
+    """Frames of a clip, for a target that sees clips; 0: images (of a video, its middle frame)."""
+    stride: int = 1
+    """From one frame of a clip to the next, in frames of the video."""
+    clips: int = 3
+    """Evaluation: clips of each video, evenly spread; their probabilities are averaged."""
+    crops: Literal[1, 3] = 1
+    """Evaluation: 3 takes each clip at both ends of the frame's longer side and in the middle; 1 in the middle."""
+    decoder: Literal["auto", "decord", "torchcodec", "pyav", "dali"] = "auto"
+    """What decodes videos that are not packed; auto: decord where it is installed. All serve the same frames."""
     labelled: int = 0
     """Labelled training images to use, classes in proportion; 0 for all."""
     indices: str | None = None
@@ -37,13 +49,14 @@ class Data:
     """Compare the files with the published checksums, where there are some."""
     loader: str = "auto"
     """resident (the set as uint8 on the device), ffcv (packed file, CPU), dali (packed file or files, GPU or CPU), torch
-    (DataLoader), synthetic (one random batch, for the compute floor), or auto; all but synthetic serve the same."""
+    (DataLoader), video (clips), synthetic (one random batch, for the compute floor), or auto; all but synthetic serve the
+    same."""
     workers: int = -1
-    """Threads of ffcv and dali, processes of torch (0 decodes in the training process); -1: one for each core."""
+    """Threads of ffcv, dali and video, processes of torch (0 decodes in the training process); -1: one for each core."""
     hw_decoder_load: float = 0.65
     """Share of JPEGs that the dali loader gives to a GPU's JPEG engine, where it has one."""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """An image that cannot be read: stop, or put the next readable one in its place and count it in summary.json."""
+    """An image or video that cannot be read: stop, or put the next readable one in its place and count it in summary.json."""
     size: int = 32
     """Side in pixels of the images that the target sees."""
     grow_from: int = 0
@@ -56,8 +69,9 @@ class Data:
     """Images a step, over all devices."""
     drop_last: bool = False
     """Leave out an epoch's last batch if it is not full."""
-    crop: Literal["pad", "random_resized", "centre"] = "pad"
-    """Training view: a window shifted by up to `pad` pixels, a random-resized crop, or always the centre."""
+    crop: Literal["pad", "random_resized", "corner", "centre"] = "pad"
+    """Training view: a window shifted by up to `pad` pixels, a random-resized crop, a square of one of five scales in a
+    corner or the middle, or always the centre."""
     pad: int = 4
     """Largest shift of crop: pad, in pixels of the stored image."""
     min_area: float = 0.08
@@ -138,7 +152,8 @@ class Transfer:
     combine: Literal["sum", "mean"] = "sum"
     """The transfer module's branches: summed (the paper) or averaged (the published code)."""
     still: int = 0
-    """Show the sources the same view cut from the image at this side in pixels; 0 enlarges what the target sees."""
+    """Show the sources the same view cut from the image at this side in pixels (of a clip, from its centre frame); 0 enlarges
+    what the target sees."""
     recall: bool = True
     """With data.views, compute each view's soft label when it is first met and recall it ever after; without, sources run
     at every step."""

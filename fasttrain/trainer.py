@@ -177,7 +177,7 @@ class Trainer:
                 losses[name] = losses.get(name, 0) + value.detach() * share
         self.clock.mark("target")
         for group in self.optimiser.param_groups:
-            group["lr"] = self.schedule.lr(self.step)
+            group["lr"] = self.schedule.lr(self.step) * group.get("factor", 1.0)
         if optim.clip_norm:
             self.scaler.unscale_(self.optimiser)
             torch.nn.utils.clip_grad_norm_(self.target.parameters(), optim.clip_norm)
@@ -201,11 +201,11 @@ class Trainer:
         softs = [None] * len(batch.pixels.split(size)) if soft is None else soft.split(size)
         yield from zip(batch.pixels.split(size), batch.targets.split(size), softs, strict=True)
 
-    def _losses(self, pixel_BCHW: Tensor, targets_B: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:
+    def _losses(self, pixels: Tensor, targets_B: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:
         """The forward pass, from bytes to the method's losses: what is compiled."""
         dtype = self.parts.dtype
         with torch.autocast(self.parts.device.type, dtype, enabled=dtype != torch.float32):
-            output = self.target(network_input(pixel_BCHW, self.mean, self.std), aux=soft is not None)
+            output = self.target(network_input(pixels, self.mean, self.std), aux=soft is not None)
         return self.method.step(output, targets_B, soft)
 
     def _end_epoch(self) -> None:
@@ -353,12 +353,15 @@ def evaluate(parts: Parts, target: torch.nn.Module, split: str) -> dict[str, flo
     """The task's figures on a split, under the run's precision."""
     target.eval()
     mean, std = (torch.tensor(v, device=parts.device) for v in (parts.recipe.data.mean, parts.recipe.data.std))
-    logits, targets = [], []
+    logits, targets, index = [], [], []
     with interrupts.held(), closing(parts.loaders[split]) as loader:
         loader.set_epoch(0)
         for batch in loader:
             with torch.autocast(parts.device.type, parts.dtype, enabled=parts.dtype != torch.float32):
                 logits.append(target(network_input(batch.pixels, mean, std)).logits_BK.float())
             targets.append(batch.targets)
+            index.append(batch.index)
             interrupts.check()
+    if loader.spec.clip is not None:
+        return parts.task.evaluate_videos(torch.cat(logits), torch.cat(targets), torch.cat(index))
     return parts.task.evaluate(torch.cat(logits), torch.cat(targets))

@@ -1,4 +1,4 @@
-"""fasttrain.loaders: image batches in a known order, each view a pure function of (seed, epoch, index).
+"""fasttrain.loaders: batches of images or clips in a known order, each view a pure function of (seed, epoch, index).
 
 Imports nothing else of fasttrain. :func:`open_loader` is the way in; a new back end is a new file and a line in
 :data:`LOADERS`.
@@ -11,6 +11,7 @@ import torch
 from .base import EpochLoader, Growth, LoaderSpec
 from .batch import Batch, Loader
 from .choose import choose_loader
+from .clips import ClipPlan
 from .datasets import DATASETS, Dataset, labelled_part, open_dataset
 from .ffcv_loader import FfcvLoader
 from .resident import ResidentLoader
@@ -30,6 +31,7 @@ LOADERS: dict[str, Callable[..., EpochLoader]] = {
     "ffcv": lambda spec, device, workers, **options: FfcvLoader(spec, device, workers),
     "dali": _dali,
     "torch": lambda spec, device, workers, **options: TorchLoader(spec, device, workers),
+    "video": lambda spec, device, workers, **options: __import__("fasttrain.loaders.video_loader").loaders.video_loader.VideoLoader(spec, device, workers),
     "synthetic": lambda spec, device, workers, **options: SyntheticLoader(spec, device),
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "DATASETS",
     "LOADERS",
     "Batch",
+    "ClipPlan",
     "Dataset",
     "FfcvLoader",
     "Growth",
@@ -63,7 +66,7 @@ def open_loader(
         name: a key of :data:`LOADERS`.
         spec: what to load.
         device: where the batches shall be.
-        workers: threads (``ffcv``, ``dali``; 0: one for each core) or processes (``torch``; 0: none).
+        workers: threads (``ffcv``, ``dali``, ``video``; 0: one for each core) or processes (``torch``; 0: none).
         options: of that loader alone: ``hw_decoder_load`` of ``dali``.
 
     Raises:
@@ -71,4 +74,6 @@ def open_loader(
     """
     if name not in LOADERS:
         raise ValueError(f"data.loader: no loader is called {name!r}; there are auto, {', '.join(LOADERS)}")
+    if spec.clip is not None and name not in ("video", "synthetic"):
+        raise ValueError(f"data.loader: {name} serves images; clips (data.frames) come from video, or auto")
     return LOADERS[name](spec, device, workers, **options)

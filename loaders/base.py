@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .batch import Batch
+from .clips import ClipPlan
 from .datasets import Dataset
 from .order import balanced_order, batch_count, batches, order
 from .views import View, ViewPlan
@@ -65,6 +66,7 @@ class LoaderSpec:
             several times in it (as the same view).
         on_bad_sample: a sample that cannot be read is an ``error``, or skipped: the next of ``index_N`` that can be
             read stands in for it, with its own index, label and view.
+        clip: serve clips of videos; None serves images (of a video, its middle frame).
     """
 
     dataset: Dataset
@@ -83,19 +85,32 @@ class LoaderSpec:
     growth: Growth | None = None
     balance: bool = False
     on_bad_sample: BadSamples = "error"
+    clip: ClipPlan | None = None
+
+    @property
+    def shows(self) -> int:
+        """How often an epoch shows each sample."""
+        return self.clip.shows if self.clip else 1
 
     def size_at(self, epoch: int) -> int:
         """Side in pixels of the images served in an epoch."""
         return self.growth.at(epoch, self.size) if self.growth else self.size
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """The indices served in an epoch, over all ranks: int64 [N]."""
+        """What is served in an epoch, over all ranks: int64 [N * shows], each index * shows + show."""
         if self.balance:
-            return self.index_N[balanced_order(self.seed, epoch, self.dataset.targets_N[self.index_N])]
-        return self.index_N[order(self.seed, epoch, len(self.index_N))] if self.shuffle else self.index_N
+            index_N = self.index_N[balanced_order(self.seed, epoch, self.dataset.targets_N[self.index_N])]
+        elif self.shuffle:
+            index_N = self.index_N[order(self.seed, epoch, len(self.index_N))]
+        else:
+            index_N = self.index_N
+        if self.shows == 1:
+            return index_N
+        return (index_N[:, None] * self.shows + np.arange(self.shows)).ravel()
 
     def number(self, epoch: int, index_B: np.ndarray) -> np.ndarray:
-        """The numbers of the samples' views in an epoch: int64 [B]."""
+        """The numbers of the samples' views in an epoch: int64 [B]. (Where a sample is shown several times they are 0 ..
+        shows - 1, and no epoch changes them.)"""
         return self.plan.number(seed=self.view_seed, epoch=epoch, index_B=index_B)
 
     def view(self, epoch: int, index_B: np.ndarray, height_B, width_B) -> View:
@@ -114,7 +129,7 @@ class EpochLoader:
         self._stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
-        return batch_count(len(self.spec.index_N), self.spec.batch, self.spec.drop_last)
+        return batch_count(len(self.spec.index_N) * self.spec.shows, self.spec.batch, self.spec.drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
         spec = self.spec

@@ -13,11 +13,11 @@ class Batch:
     """One step's samples, on the loader's device.
 
     Attributes:
-        pixels: uint8 [B, 3, H, W], channels_last.
+        pixels: uint8 [B, 3, H, W], channels_last; of clips [B, 3, T, H, W], channels_last_3d.
         targets: int64 [B], class indices; or float32 [B, C] of a multi-label data set.
         index: int64 [B], the samples' indices in their data set.
         view: int64 [B], which view of its sample this is (the epoch, or ``epoch mod K``).
-        still: uint8 [B, 3, R, R] or None: the same view at the sources' own resolution.
+        still: uint8 [B, 3, R, R] or None: the same view at the sources' own resolution; of a clip, its centre frame's.
         where_B2: int64, index and view once more, on the host, for what is looked up there without waiting for the device.
     """
 
@@ -30,6 +30,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def images(self) -> Tensor:
+        """What a network for images sees of the pixels: uint8 [B, 3, H, W]; of clips, their centre frames."""
+        return self.pixels if self.pixels.dim() == 4 else self.pixels[:, :, self.pixels.shape[2] // 2]
 
 
 class Loader(Protocol):

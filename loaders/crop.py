@@ -146,6 +146,16 @@ def cut_into(image_HWC, top, left, height, width, flip_x, flip_y, out_SSC, first
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def cut_clip(frame_THWC, box_4, flip_x, flip_y, out_TSSC, centre, still_RRC):
+    """Cuts the same box out of every frame of a clip; and out of frame ``centre`` at another size, R may be 0."""
+    top, left, height, width = box_4
+    for t in range(len(frame_THWC)):
+        cut_into(frame_THWC[t], top, left, height, width, flip_x, flip_y, out_TSSC[t])
+    if still_RRC.shape[0]:
+        cut_into(frame_THWC[centre], top, left, height, width, flip_x, flip_y, still_RRC)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _table(start, length, begin_there, end_there, size, flip, room):
     """:func:`weights` as int16 [room, taps], taps being even, with zeros where there is none: (first, count, weights, most)."""
     scale = length / size

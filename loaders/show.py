@@ -120,6 +120,30 @@ def show(data, before, jpeg, height, width, box_4, flip_x, flip_y, out_SSC, stil
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def show_clip(
+    data, ptr_T, size_T, jpeg_T, height, width, box_4, flip_x, flip_y, out_TSSC, centre, still_RRC, _made_of=_MADE_OF
+):
+    """Writes the same view of several images of one size, the frames of a clip, and of frame ``centre`` at another size.
+
+    Args:
+        data: uint8, the file that holds them.
+        ptr_T, size_T, jpeg_T: where each begins in it, its bytes, and whether these are a JPEG.
+
+    The others are those of :func:`show`; R may be 0.
+
+    Returns:
+        -1, or the first frame that cannot be decoded.
+    """
+    no_still = np.empty((0, 0, 3), dtype=np.uint8)
+    for t in range(len(ptr_T)):
+        at, still = ptr_T[t], still_RRC if t == centre else no_still
+        content = data[at : at + size_T[t]]
+        if show(content, at, jpeg_T[t], height, width, box_4, flip_x, flip_y, out_TSSC[t], still) != DONE:
+            return t
+    return -1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _whole(data, height, width, out_HWC):
     """Decodes a JPEG with libjpeg-turbo, to the size of ``out_HWC``; whether it was sound, and of its size."""
     handle, about, address, size = _open(), np.zeros(4, dtype=np.int32), data.ctypes.data, np.uint64(len(data))

@@ -35,7 +35,13 @@ class SyntheticLoader(EpochLoader):
             return pixels.to(self.device).permute(0, 3, 1, 2)
 
         still = random(self.spec.still) if self.spec.still else None
-        return self._batch_of(random(size), index_B, np.zeros(len(index_B), dtype=np.int64), still)
+        index_B, frames = index_B // self.spec.shows, self.spec.clip.frames if self.spec.clip else 0
+        pixels = random(size)
+        if frames:
+            # every frame another part of the same random numbers
+            rolled = [pixels.roll(t, dims=-1) for t in range(frames)]
+            pixels = torch.stack(rolled, dim=2).contiguous(memory_format=torch.channels_last_3d)
+        return self._batch_of(pixels, index_B, np.zeros(len(index_B), dtype=np.int64), still)
 
     def describe(self) -> str:
         return f"synthetic: one batch of random pixels on {self.device}, again and again"

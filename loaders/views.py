@@ -14,10 +14,12 @@ import numpy as np
 
 from .philox import draw, integers, uniform
 
-_PLACE, _FLIP, _SCALE = 1, 2, 16  # purposes of random numbers; _SCALE + t for the t-th try of a random-resized crop
+# purposes of random numbers; _SCALE + t for the t-th try of a random-resized crop; loaders/clips.py has 4
+_PLACE, _FLIP, _CORNER, _SCALE = 1, 2, 3, 16
 _TRIES = 10
+_CORNER_SCALES = 2 ** (-np.arange(5) / 4)  # 1, 0.84, 0.71, 0.59, 0.5
 
-Crop = Literal["pad", "random_resized", "centre"]
+Crop = Literal["pad", "random_resized", "corner", "centre"]
 Flip = Literal["none", "horizontal", "both"]
 
 
@@ -53,7 +55,9 @@ class ViewPlan:
     Attributes:
         crop: ``pad``: a window of the image's own size, shifted by up to ``pad`` pixels, the border black (the usual
             CIFAR augmentation). ``random_resized``: an area of ``min_area`` to 1 of the image with an aspect ratio of
-            3/4 to 4/3 (Szegedy et al. 2015, as torchvision has it). ``centre``: the middle, the evaluation view.
+            3/4 to 4/3 (Szegedy et al. 2015, as torchvision has it). ``corner``: a square in one of the corners or in the
+            middle, its side 1, 0.84, 0.71, 0.59 or 0.5 of the shorter one (the multi-scale corner crop of Wang et al.
+            2015, with the scales of Hara et al. 2018). ``centre``: the middle, the evaluation view.
         pad: shift in pixels of the stored image, for ``pad``.
         min_area: smallest share of the image's area, for ``random_resized``.
         centre_share: side of the square taken, as a share of the image's shorter side, for ``centre``.
@@ -94,7 +98,7 @@ class ViewPlan:
         epoch_B = np.broadcast_to(np.int64(epoch), index_B.shape)
         if not self.every:
             return epoch_B % self.views if self.views else epoch_B.copy()
-        if self.crop == "random_resized" or self.views:
+        if self.crop in ("random_resized", "corner") or self.views:
             raise ValueError("only crop pad or centre, with views: 0, has views that can all be numbered")
         if self.only >= 0:
             return np.full(index_B.shape, self.only, dtype=np.int64)
@@ -109,21 +113,26 @@ class ViewPlan:
 
         ``height_B``, ``width_B``: sizes of the stored images in pixels (numbers, or one per sample).
         """
+        return self.numbered(seed, self.number(seed=seed, epoch=epoch, index_B=index_B), index_B, height_B, width_B)
+
+    def numbered(self, seed: int, number_B: np.ndarray, index_B, height_B, width_B) -> View:
+        """The views of these numbers of samples ``index_B``."""
         index_B = np.asarray(index_B, dtype=np.int64)
         height_B, width_B = (np.broadcast_to(np.int64(a), index_B.shape) for a in (height_B, width_B))
-        number_B = self.number(seed=seed, epoch=epoch, index_B=index_B)
         if self.every:
-            return self._numbered(number_B, height_B, width_B)
+            return self._one_of_all(number_B, height_B, width_B)
         if self.crop == "pad":
             box_B4 = pad_crop(seed, number_B, index_B, height_B, width_B, self.pad)
         elif self.crop == "random_resized":
             box_B4 = random_resized_crop(seed, number_B, index_B, height_B, width_B, self.min_area)
+        elif self.crop == "corner":
+            box_B4 = corner_crop(seed, number_B, index_B, height_B, width_B)
         else:
             box_B4 = centre_crop(height_B, width_B, self.centre_share)
         return View(box_B4, flips(seed, number_B, index_B, self.flip), number_B)
 
-    def _numbered(self, number_B: np.ndarray, height_B, width_B) -> View:
-        """The views of these numbers."""
+    def _one_of_all(self, number_B: np.ndarray, height_B, width_B) -> View:
+        """The views of these numbers, where there are few enough to number all of them."""
         rest_B, flip_B2 = number_B, np.zeros((len(number_B), 2), dtype=bool)
         for axis in reversed(range(("none", "horizontal", "both").index(self.flip))):
             rest_B, flip_B2[:, axis] = rest_B // 2, rest_B % 2
@@ -178,6 +187,17 @@ def random_resized_crop(seed: int, number_B, index_B, height_B, width_B, min_are
         box_B4[todo[fits]] = np.stack([top, left, box_h, box_w], axis=1)[fits]
         todo = todo[~fits]
     return box_B4
+
+
+def corner_crop(seed: int, number_B, index_B, height_B, width_B) -> np.ndarray:
+    """Square boxes of one of five scales, in the middle or in one of the corners, each equally likely."""
+    word_4B = draw(seed, number_B, index_B, _CORNER)
+    scale_B, place_B = _CORNER_SCALES[integers(word_4B[0], 5)], integers(word_4B[1], 5)
+    side_B = np.maximum((np.minimum(height_B, width_B) * scale_B).astype(np.int64), 1)
+    room_2B = np.stack([height_B - side_B, width_B - side_B])
+    half_25 = np.array([[1, 0, 0, 2, 2], [1, 0, 2, 0, 2]])  # of the room that is left: middle, then the corners
+    top_B, left_B = half_25[:, place_B] * room_2B // 2
+    return np.stack([top_B, left_B, side_B, side_B], axis=1)
 
 
 def centre_crop(height_B, width_B, share: float) -> np.ndarray:

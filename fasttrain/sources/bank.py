@@ -85,7 +85,8 @@ class SourceBank:
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> SoftTargets:
-        """Soft targets of a batch, from its ``still`` view where it has one, else from the target's pixels."""
+        """Soft targets of a batch, from its ``still`` view where it has one, else from the target's pixels (a clip's centre
+        frame)."""
         return self._soft(self.logits(_shown(batch)))
 
     def start(self, batch: Batch) -> Take:
@@ -154,7 +155,7 @@ def check_finite(name: str, logits: Tensor) -> None:
 
 
 def _shown(batch: Batch) -> Tensor:
-    return batch.pixels if batch.still is None else batch.still
+    return batch.images if batch.still is None else batch.still
 
 
 def chosen_strategy(strategy: str, networks: list[SourceNetwork], compiles: bool) -> str:

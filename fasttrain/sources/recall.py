@@ -46,6 +46,7 @@ def about(network: SourceNetwork, spec: LoaderSpec, dtype: torch.dtype) -> dict[
     """What a source's labels depend on: weights, its input, the data set, the views, the type of the arithmetic."""
     source = {k: v for k, v in asdict(network.spec).items() if k not in ("name", "weights", "sha256")}
     plan = asdict(replace(spec.plan, only=-1))
+    clip = {"clip": asdict(spec.clip)} if spec.clip else {}
     # with a still of their own the sources do not see what the target sees
     pixels = {"size": 0 if spec.still else spec.size, "stored": spec.stored, "still": spec.still}
     return {
@@ -53,7 +54,7 @@ def about(network: SourceNetwork, spec: LoaderSpec, dtype: torch.dtype) -> dict[
         "source": source,
         "dataset": {"name": spec.dataset.name, "content": spec.dataset.identity()},
         "view": plan | {"seed": 0 if spec.plan.every else spec.view_seed},
-        "pixels": pixels,
+        "pixels": pixels | clip,
         "arithmetic": str(dtype).removeprefix("torch."),
     }
 
@@ -272,7 +273,7 @@ class RecalledSources:
 
     def _shown(self, batch: Batch) -> Tensor:
         if not self.still:
-            return batch.pixels
+            return batch.images
         assert batch.still is not None, "a label is missing, and the loader serves no still"
         return batch.still
 

@@ -1,4 +1,4 @@
-"""One class an image."""
+"""One class an image or video."""
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,25 @@ class SingleLabel:
             values["auroc"] = BinaryAUROC()(logits_NK[:, 1] - logits_NK[:, 0], targets_N)
         out = {name: 100 * float(value) for name, value in values.items()}
         return out | {"loss": float(F.cross_entropy(logits_NK.double(), targets_N))}
+
+    def evaluate_videos(self, logits_NK: Tensor, targets_N: Tensor, video_N: Tensor) -> dict[str, float]:
+        """Figures of videos that were shown as several clips, by the mean of their clips' probabilities.
+
+        Args:
+            logits_NK: of clips.
+            targets_N: their videos' classes.
+            video_N: int64, whose clips they are; a video's may lie anywhere.
+
+        Returns:
+            What :meth:`evaluate` gives, of videos, with ``clip_accuracy``; ``loss`` is the mean over clips.
+        """
+        logits_NK, targets_N, video_N = logits_NK.double().cpu(), targets_N.cpu(), video_N.cpu()
+        video_V, of_N, count_V = video_N.unique(return_inverse=True, return_counts=True)
+        sum_VK = torch.zeros(len(video_V), self.classes, dtype=torch.float64).index_add_(0, of_N, logits_NK.softmax(1))
+        targets_V = targets_N.new_zeros(len(video_V)).index_copy_(0, of_N, targets_N)
+        out = self.evaluate((sum_VK / count_V[:, None]).log(), targets_V)
+        clip_accuracy = 100 * float((logits_NK.argmax(1) == targets_N).double().mean())
+        return out | {"clip_accuracy": clip_accuracy, "loss": float(F.cross_entropy(logits_NK, targets_N))}
 
     def metric(self, targets_N: Tensor) -> str:
         """The figure to select and report by: accuracy, or balanced accuracy if the largest class is over 1.5 times

@@ -46,6 +46,10 @@ class Clips:
         """Size of the files of videos 0 .. ``samples`` - 1; 0 where that is not known."""
         return 0
 
+    def describe(self) -> str:
+        """What the frames are read from and by, for the run's log."""
+        return "memory"
+
     def __call__(self, index: int) -> np.ndarray:
         """The middle frame: uint8 [H, W, 3]."""
         count = int(self.shape_N3[index, 0])
