@@ -1,4 +1,4 @@
-"""What a data set is here: images that can be read by index, labels, and fixed splits."""
+"""What a data set is here: images or videos that can be read by index, labels, and fixed splits."""
 
 import hashlib
 import zlib
@@ -13,23 +13,25 @@ import torch
 from ..crop import centre_square
 from ..decode import decode, image_size, read_bytes
 from ..order import order
+from ..video.base import Clips
 
 _SPLIT_SEED = 0  # splits are part of a data set: no setting changes who is in them
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images.
+    """Labelled images, or labelled videos.
 
     Attributes:
         name: of the data set.
         classes: names, in the order of the class indices.
         targets_N: int64 [N], class indices; or float32 [N, C], 1 where an image shows a class, 0 where it does not, -1
             where that is not to be counted (multi-label).
-        read: index -> uint8 [H, W, 3]; raises ``ValueError`` with the file's name for an image that cannot be read.
+        read: index -> uint8 [H, W, 3]; raises ``ValueError`` with the file's name for an image that cannot be read. For
+            videos it is a :class:`Clips`, which gives any frames of a video; called with an index, the middle one.
         splits: ``train``, ``val`` and ``test`` -> int64 indices, ascending, disjoint.
         source: where it came from, for the run's log.
-        content: fingerprint of the pixels where one is known, or empty.
+        content: fingerprint of the pixels, or of which files they are in, where one is known, or empty.
     """
 
     name: str
@@ -43,6 +45,11 @@ class Dataset:
     @property
     def multi_label(self) -> bool:
         return self.targets_N.ndim == 2
+
+    @property
+    def video(self) -> bool:
+        """Whether the samples are videos: ``read`` is a :class:`Clips`."""
+        return isinstance(self.read, Clips)
 
     def __len__(self) -> int:
         return len(self.targets_N)
@@ -179,6 +186,33 @@ def split_off(stratum_M: np.ndarray, index_M: np.ndarray, share: float, purpose:
     for label in np.unique(stratum_M):
         member = np.flatnonzero(stratum_M == label)
         held[member[order(_SPLIT_SEED, purpose, len(member))[: round(share * len(member))]]] = True
+    return np.sort(index_M[~held]), np.sort(index_M[held])
+
+
+def split_off_groups(
+    stratum_M: np.ndarray, group_M: np.ndarray, index_M: np.ndarray, share: float, purpose: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Parts indices as :func:`split_off` does, but no group of a stratum is on both sides.
+
+    Groups are held out, in an order that is random but fixed, as long as each brings its stratum nearer to ``share``;
+    one that is too large for that is passed over, and one group of each stratum always stays.
+
+    Args:
+        stratum_M: what to keep in proportion, an integer for each of ``index_M``.
+        group_M: int64, which group of its stratum each belongs to.
+        index_M: the indices to part.
+        share: of every stratum, to be held out.
+        purpose: a number that tells one such parting of a data set from another.
+    """
+    held = np.zeros(len(index_M), dtype=bool)
+    for label in np.unique(stratum_M):
+        member = np.flatnonzero(stratum_M == label)
+        groups, size_G = np.unique(group_M[member], return_counts=True)
+        missing, left = share * len(member), len(groups) - 1
+        for g in order(_SPLIT_SEED, purpose, len(groups)):
+            if left and abs(missing - size_G[g]) < missing:
+                held[member[group_M[member] == groups[g]]] = True
+                missing, left = missing - size_G[g], left - 1
     return np.sort(index_M[~held]), np.sort(index_M[held])
 
 

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from .base import Dataset, Encoded
-from .listed import Label, complete_splits, is_label, name_labels
+from .labels import Label, complete_splits, is_label, name_labels
 
 _IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "gif"}
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")

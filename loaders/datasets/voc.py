@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from .base import Dataset, Files
-from .listed import complete_splits, read_text
+from .labels import complete_splits, read_text
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

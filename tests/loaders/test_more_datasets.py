@@ -456,7 +456,7 @@ def test_lists_that_cannot_be_parsed(tmp_path):
     refused(tmp_path, "path,label\na.png,0\nb.png,", "line 3: label is to be an integer or a class name, not ''")
     refused(tmp_path, "path,label\n,0", "line 2: path is to be a text, not ''")
     for content in ("", "path,label\n", "\n\n"):
-        refused(tmp_path, content, r"list\.csv lists no images")
+        refused(tmp_path, content, r"list\.csv lists nothing")
     refused(
         tmp_path,
         "path,label,split\na.png,0,train\nb.png,0,valid",
