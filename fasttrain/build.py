@@ -25,7 +25,7 @@ from .loaders import (
 )
 from .loaders.base import EpochLoader
 from .methods import METHODS, Method
-from .models import Target, build_backbone
+from .models import Target, build_backbone, load_backbone
 from .recipe import Recipe
 from .sources import RecalledSources, SourceBank, SourceNetwork, open_source
 from .sources.bank import chosen_strategy
@@ -203,7 +203,9 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
         raise ValueError(f"data.batch: {data.batch} is more than the {len(index_N)} images, and data.drop_last is set")
     every = recipe.transfer.every_view and recalls(recipe) and bool(recipe.chosen_sources())
     if every and data.frames:
-        raise ValueError("transfer.every_view: clips begin anywhere, so there are too many views to number; set data.views")
+        raise ValueError(
+            "transfer.every_view: clips begin anywhere, so there are too many views to number; set data.views"
+        )
     plan = ViewPlan(data.crop, data.pad, data.min_area, data.centre_share, data.flip, data.views, every)
     # recalled sources look at an image only as long as a label is missing; the trainer asks for stills then
     still = recipe.transfer.still if recipe.chosen_sources() and not recalls(recipe) else 0
@@ -269,14 +271,28 @@ def loader_workers(recipe: Recipe) -> int:
     return max(len(os.sched_getaffinity(0)) // recipe.run.parallel, 1)
 
 
-def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int]) -> Target:
-    """A freshly initialised target with an auxiliary head for each source."""
-    backbone = build_backbone(recipe.target.model)
+def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int], *, weights: bool = True) -> Target:
+    """A target with an auxiliary head for each source.
+
+    Args:
+        recipe: whose ``target`` and ``transfer`` it follows.
+        classes: of the task.
+        source_classes: of each source, by name.
+        weights: start from ``target.weights``; without, the backbone is random, for those who want its shapes or load a
+            checkpoint of their own.
+
+    Raises:
+        ValueError: a backbone that does not exist or does not offer what was chosen, or weights that do not fit.
+    """
+    spec = recipe.target
+    backbone = build_backbone(spec.model, shortcut=spec.shortcut, width=spec.width)
     target = Target(backbone, classes)
     for name, count in source_classes.items():
         head: AuxiliaryHead
         if recipe.transfer.module:
-            head = TransferModule(backbone.tap_channels, backbone.transfer_width, count, recipe.transfer.combine)
+            head = TransferModule(
+                backbone.tap_channels, backbone.transfer_width, count, recipe.transfer.combine, dims=backbone.dims
+            )
         else:
             head = LinearHead(backbone.feature_dim, count)
         target.aux_heads[name] = head
@@ -284,6 +300,9 @@ def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int]) -
     if transfer.module and source_classes and (transfer.together != "auto" or transfer.recompute):
         form = "plain" if transfer.together == "auto" else transfer.together
         target.together = partial(run_together, form=form, pad_to=transfer.pad_to, recompute=transfer.recompute)
+    if weights and spec.weights is not None:  # after all of it is made, which then starts from the same random numbers
+        target.origin = load_backbone(backbone, spec.weights, spec.sha256)
+    backbone.freeze(spec.frozen)
     return target
 
 

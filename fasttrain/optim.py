@@ -11,7 +11,10 @@ from .recipe import Optim
 
 
 def build_optimiser(spec: Optim, network: nn.Module) -> torch.optim.Optimizer:
-    """Fused SGD over all parameters; its learning rate is set before every step.
+    """Fused SGD over all parameters that are trained; its learning rate is set before every step.
+
+    With ``backbone_lr`` there are two groups, of the backbone and of the heads. Their ``factor`` is what each multiplies
+    the step's learning rate by; a group without one takes it as it is.
 
     Raises:
         ValueError: ``impl: apex`` where NVIDIA's apex is not installed, or no CUDA device holds the network.
@@ -24,7 +27,7 @@ def build_optimiser(spec: Optim, network: nn.Module) -> torch.optim.Optimizer:
         "nesterov": spec.nesterov,
     }
     if spec.impl == "torch":
-        return torch.optim.SGD(network.parameters(), **settings, fused=True)
+        return torch.optim.SGD(_groups(spec, network), **settings, fused=True)
     try:
         from apex.optimizers import FusedSGD
     except Exception as error:  # a broken installation, or PyPI's apex, which is something else, can raise anything
@@ -34,7 +37,21 @@ def build_optimiser(spec: Optim, network: nn.Module) -> torch.optim.Optimizer:
         ) from None
     if any(p.device.type != "cuda" for p in network.parameters()):
         raise ValueError("optim.impl: apex's FusedSGD needs a CUDA device")
-    return FusedSGD(network.parameters(), **settings)
+    return FusedSGD(_groups(spec, network), **settings)
+
+
+def _groups(spec: Optim, network: nn.Module) -> list[dict[str, Any]]:
+    """Parameters that are trained, as groups of an optimiser."""
+    factor = spec.backbone_lr
+    trained = [p for p in network.parameters() if p.requires_grad]
+    if factor == 1:
+        return [{"params": trained}]
+    backbone = {id(p) for p in network.get_submodule("backbone").parameters()}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if id(p) in backbone], "factor": factor, "lr": spec.lr * factor},
+        {"params": [p for p in trained if id(p) not in backbone], "factor": 1.0},
+    ]
+    return [g for g in groups if g["params"]]
 
 
 def build_average(spec: Optim, network: nn.Module) -> AveragedModel | None:

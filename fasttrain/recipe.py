@@ -95,9 +95,23 @@ class Target:
     """The network being trained."""
 
     model: str = "resnet20"
-    """Backbone: resnet20, resnet32, resnet44 (CIFAR style), resnet18, resnet34, resnet50."""
+    """Backbone: resnet20, resnet32, resnet44 (CIFAR style), resnet18, resnet34, resnet50; for clips resnet3d18, resnet3d34,
+    resnet3d50 (of Hara et al.), r3d_18, mc3_18, r2plus1d_18 (torchvision's)."""
     classes: int = 0
     """Classes of the task; 0 for those of the data set."""
+    shortcut: Literal["A", "B"] = "A"
+    """Of resnet3d*, where a block changes the shape: A (no parameters, as in the paper's code) or B (1x1x1 convolutions)."""
+    width: float = 1.0
+    """Factor of all channels of resnet3d*; a transfer module's width is 1000 times this, rounded to an even number."""
+    weights: str | None = None
+    """What the backbone starts from (heads are always new): a file, package:MODULE, or torchvision's name for weights of this
+    network, such as KINETICS400_V1; null: random. torchvision's files, those of the 3D ResNets' authors and a run's
+    checkpoints/selected.pt fit."""
+    sha256: str = ""
+    """SHA-256 of the file of target.weights (or its first digits), to insist on."""
+    frozen: int = 0
+    """Sections of the backbone that are not trained, from the input on: 0 none, 1 the stem, 2 stem and first stage, .. Their
+    batch norms keep their statistics."""
 
 
 @dataclass
@@ -191,6 +205,8 @@ class Optim:
     """Passes over the training images."""
     lr: float = 0.1
     """Peak learning rate."""
+    backbone_lr: float = 1.0
+    """Factor of the learning rate for the backbone; heads always learn at the full rate (fine-tuning)."""
     momentum: float = 0.9
     """Momentum."""
     nesterov: bool = False

@@ -1,10 +1,10 @@
-"""A network's input: uint8 pixels -> resized, normalised floats, channels_last.
+"""A network's input, images or clips: uint8 pixels -> resized, normalised floats, channels_last.
 
 The plain form is what runs. The Triton kernel does the same in one pass, from bytes to the finished floats, but has not
 been measured against torch.compile's version of the plain form on a GPU yet (``fasttrain bench kernels`` does): ``auto``
 does not choose what has not been seen to be faster.
 
-Shape suffixes: B batch, C channels (3), H W height and width, S output side.
+Shape suffixes: B batch, C channels (3), T frames, H W height and width, S output side, N frames of all clips (B * T).
 """
 
 import torch
@@ -15,7 +15,7 @@ IMPLEMENTATIONS = ("auto", "plain", "triton")
 
 
 def network_input(
-    pixel_BCHW: Tensor,
+    pixels: Tensor,
     mean: Tensor,
     std: Tensor,
     *,
@@ -28,7 +28,8 @@ def network_input(
     Computed in float32. Enlarging is PyTorch's ``interpolate(mode="bilinear")``; shrinking is antialiased.
 
     Args:
-        pixel_BCHW: uint8 [B, 3, H, W], any memory format.
+        pixels: uint8 [B, 3, H, W], any memory format, or clips [B, 3, T, H, W], whose frames are treated one by one
+            (without a copy where memory is [B, T, H, W, 3], channels_last_3d).
         mean: float32 [3], in the units of the pixels (0 .. 255).
         std: likewise.
         size: side of the output in pixels; 0 keeps the input's.
@@ -36,17 +37,29 @@ def network_input(
         implementation: ``plain``, ``triton`` (which does not shrink), or ``auto``: plain.
 
     Returns:
-        [B, 3, S, S] (or [B, 3, H, W]), channels_last.
+        [B, 3, S, S] (or [B, 3, H, W]), channels_last; of clips [B, 3, T, S, S], channels_last_3d.
 
     Raises:
         ValueError: not uint8 with 3 channels, statistics of another shape, or an implementation that cannot do it.
     """
-    if pixel_BCHW.dim() != 4 or pixel_BCHW.shape[1] != 3 or pixel_BCHW.dtype != torch.uint8:
-        raise ValueError(f"pixels must be uint8 [B, 3, H, W], not {pixel_BCHW.dtype} {list(pixel_BCHW.shape)}")
+    if pixels.dim() not in (4, 5) or pixels.shape[1] != 3 or pixels.dtype != torch.uint8:
+        raise ValueError(
+            f"pixels must be uint8 [B, 3, H, W] or [B, 3, T, H, W], not {pixels.dtype} {list(pixels.shape)}"
+        )
     if mean.shape != (3,) or std.shape != (3,):
         raise ValueError(f"mean and std must be [3], not {list(mean.shape)} and {list(std.shape)}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}")
+    if pixels.dim() == 4:
+        return _images(pixels, mean, std, size, dtype, implementation)
+    frame_NCHW = pixels.transpose(1, 2).flatten(0, 1)
+    frame_NCHW = _images(frame_NCHW, mean, std, size, dtype, implementation)
+    return frame_NCHW.unflatten(0, (pixels.shape[0], pixels.shape[2])).transpose(1, 2)
+
+
+def _images(
+    pixel_BCHW: Tensor, mean: Tensor, std: Tensor, size: int, dtype: torch.dtype, implementation: str
+) -> Tensor:
     if implementation == "triton":
         height, width = pixel_BCHW.shape[2:]
         if size and (size < height or size < width):

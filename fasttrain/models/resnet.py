@@ -17,6 +17,8 @@ class ResNet(Backbone):
     """
 
     transfer_width = 1000
+    sections = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+    of_torchvision = True
 
     def __init__(self, name: str) -> None:
         super().__init__()

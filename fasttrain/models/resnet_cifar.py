@@ -29,6 +29,7 @@ class ResNetCifar(Backbone):
     tap_channels = (16, 32, 64)
     feature_dim = 64
     transfer_width = 64
+    sections = (("conv1", "bn1"), ("stages.0",), ("stages.1",), ("stages.2",))
 
     def __init__(self, blocks: int) -> None:
         super().__init__()

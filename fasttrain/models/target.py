@@ -27,7 +27,7 @@ class TargetOutput:
 
 
 class Target(nn.Module):
-    """SSKT's multi-task network h_t (Fig. 3).
+    """SSKT's multi-task network h_t (Fig. 3), of images or of clips as its backbone is.
 
     Auxiliary heads are put into ``aux_heads`` by their source's name afterwards, so that backbone and task head start
     from the same numbers with any sources and with none.
@@ -38,6 +38,7 @@ class Target(nn.Module):
 
     Attributes:
         together: runs all auxiliary heads as one, from the heads and the taps; None runs one after the other.
+        origin: what the backbone started from, for the log.
     """
 
     def __init__(self, backbone: Backbone, classes: int) -> None:
@@ -48,14 +49,20 @@ class Target(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.aux_heads = nn.ModuleDict()
         self.together: Together | None = None
+        self.origin = "random"
 
     @property
     def classes(self) -> int:
         return self.head.out_features
 
-    def forward(self, pixel_BCHW: Tensor, aux: bool = False) -> TargetOutput:
-        """Normalised pixels [B, 3, H, W] -> the task's logits; with ``aux`` the auxiliary heads run too."""
-        taps = self.backbone(pixel_BCHW)
+    def channels_last(self) -> "Target":
+        """Brings the convolutions' weights to channels_last, or channels_last_3d where they are 3D. Returns itself."""
+        return self.to(memory_format=torch.channels_last_3d if self.backbone.dims == 3 else torch.channels_last)
+
+    def forward(self, pixels: Tensor, aux: bool = False) -> TargetOutput:
+        """Normalised pixels [B, 3, H, W], or clips [B, 3, T, H, W] -> the task's logits; with ``aux`` the auxiliary heads
+        run too."""
+        taps = self.backbone(pixels)
         feature_BD = self.backbone.pool(taps[-1])
         aux_logits_BC = None
         if aux and self.aux_heads:

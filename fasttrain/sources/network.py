@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from fasttrain.kernels import network_input
 from fasttrain.recipe import Source
+from fasttrain.weights import find_file, is_library_name, read_weights
 
-from .weights import digest_of, find_file, fit, read_weights
+from .weights import digest_of, fit
 
 
 class SourceNetwork(nn.Module):
@@ -57,7 +58,7 @@ def open_source(spec: Source) -> SourceNetwork:
         ValueError: unknown network, weights that cannot be found, read or fitted, or that have another SHA-256.
     """
     library, name = _library(spec.model)
-    if spec.weights in ("random", "default") or _is_library_name(spec.weights):
+    if spec.weights in ("random", "default") or is_library_name(spec.weights):
         network, origin = _from_library(spec, library, name)
         sha256 = digest_of(network)
         if spec.sha256 and not sha256.startswith(spec.sha256.lower()):
@@ -95,10 +96,6 @@ def _library(model: str) -> tuple[str, str]:
         f"sources: neither timm nor torchvision has a network called {name!r}"
         + (f"; did you mean {' or '.join(near)}?" if near else "")
     )
-
-
-def _is_library_name(weights: str) -> bool:
-    return weights.isidentifier() and weights.upper() == weights
 
 
 def _build(library: str, name: str, classes: int) -> nn.Module:

@@ -8,7 +8,8 @@ checkpoints and the optimiser's state.
 It is exact. Batch norm has statistics for each channel, so it does not see what is beside it. Channels that are padded have
 weights, biases, scales and shifts of zero: zero goes through convolution, batch norm and ReLU, and no gradient comes back.
 
-Shape suffixes: B batch, C channels (of all sources side by side), H W space, M sources, W width of the transfer module.
+Shape suffixes: B batch, C channels (of all sources side by side), S space (H, W; of clips T, H, W), M sources, W width of the
+transfer module.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .heads import Bottleneck, TransferModule
+from .heads import Bottleneck, TransferModule, pooled
 
 Form = Literal["plain", "shared", "grouped"]
+_Norm = nn.BatchNorm2d | nn.BatchNorm3d
 
 
 def run_together(
@@ -34,7 +36,7 @@ def run_together(
 
     Args:
         modules: of one shape, all in training or all in evaluation; class counts may differ.
-        taps: [B, C_i, H_i, W_i], shallow to deep.
+        taps: [B, C_i, H_i, W_i], or [B, C_i, T_i, H_i, W_i] where the modules are of 3 dimensions; shallow to deep.
         form: ``plain`` runs module after module. ``shared`` merges the first 1x1 convolutions, which read the tap, and
             leaves the others to each source. ``grouped`` merges all three.
         pad_to: a source's channels in merged convolutions become a multiple of this (zeros); 1 for no padding. ``plain``
@@ -51,19 +53,19 @@ def run_together(
         alone = [run_together([m], taps, form="grouped", pad_to=1, recompute=True) for m in modules]
         return torch.cat(alone, dim=1)
     pooled_MN: list[list[Tensor]] = [[] for _ in modules]
-    norms: list[list[nn.BatchNorm2d]] = []
+    norms: list[list[_Norm]] = []
     statistics: list[Tensor] = []
-    for i, tap_BCHW in enumerate(taps):
+    for i, tap_BCS in enumerate(taps):
         branches = [cast(Bottleneck, m.branches[i]) for m in modules]
         lanes = [branches] if form == "grouped" else [[b] for b in branches]
 
-        def run(tap_BCHW: Tensor, lanes: list[list[Bottleneck]] = lanes) -> tuple[Tensor, ...]:
-            return _bottlenecks(tap_BCHW, lanes, pad_to)
+        def run(tap_BCS: Tensor, lanes: list[list[Bottleneck]] = lanes) -> tuple[Tensor, ...]:
+            return _bottlenecks(tap_BCS, lanes, pad_to)
 
         if recompute:
-            pooled_BC, *found = checkpoint(run, tap_BCHW, use_reentrant=False, preserve_rng_state=False)
+            pooled_BC, *found = checkpoint(run, tap_BCS, use_reentrant=False, preserve_rng_state=False)
         else:
-            pooled_BC, *found = run(tap_BCHW)
+            pooled_BC, *found = run(tap_BCS)
         for pooled_N, pooled_BW in zip(pooled_MN, pooled_BC.chunk(len(modules), dim=1), strict=True):
             pooled_N.append(pooled_BW[:, : modules[0].linear.in_features])
         statistics += found
@@ -74,46 +76,47 @@ def run_together(
     return torch.cat([module.logits(pooled_N) for module, pooled_N in zip(modules, pooled_MN, strict=True)], dim=1)
 
 
-def _bottlenecks(tap_BCHW: Tensor, lanes: list[list[Bottleneck]], pad_to: int) -> tuple[Tensor, ...]:
+def _bottlenecks(tap_BCS: Tensor, lanes: list[list[Bottleneck]], pad_to: int) -> tuple[Tensor, ...]:
     """Bottlenecks on one tap: pooled [B, C] and the statistics of each batch norm. After the first convolution, which is one
     for all, each lane has its own two. Nothing is changed, so that this can be called twice for one step."""
-    x_BCHW, first = _layer(tap_BCHW, list(chain(*lanes)), 0, 1, pad_to)
-    pooled, statistics = [], [first]
-    for lane, part_BCHW in zip(lanes, x_BCHW.chunk(len(lanes), dim=1), strict=True):
+    x_BCS, first = _layer(tap_BCS, list(chain(*lanes)), 0, 1, pad_to)
+    of_lanes, statistics = [], [first]
+    for lane, part_BCS in zip(lanes, x_BCS.chunk(len(lanes), dim=1), strict=True):
         for layer in (1, 2):
-            part_BCHW, found = _layer(part_BCHW, lane, layer, len(lane), pad_to)
+            part_BCS, found = _layer(part_BCS, lane, layer, len(lane), pad_to)
             statistics.append(found)
-        pooled.append(part_BCHW.mean(dim=(2, 3)))
-    return _joined(pooled, dim=1), *statistics
+        of_lanes.append(pooled(part_BCS))
+    return _joined(of_lanes, dim=1), *statistics
 
 
-def _layer(x_BCHW: Tensor, branches: list[Bottleneck], layer: int, groups: int, pad_to: int) -> tuple[Tensor, Tensor]:
+def _layer(x_BCS: Tensor, branches: list[Bottleneck], layer: int, groups: int, pad_to: int) -> tuple[Tensor, Tensor]:
     """Convolution, batch norm and ReLU number ``layer`` of all branches at once: output and statistics.
 
     The statistics [2, C] are the batch's means and unbiased variances in training, else the running ones.
     """
     convs, norms = [_conv(b, layer) for b in branches], [_norm(b, layer) for b in branches]
     conv, norm = convs[0], norms[0]
-    rows, columns = -(-conv.out_channels // pad_to) * pad_to, x_BCHW.shape[1] // groups
+    rows, columns = -(-conv.out_channels // pad_to) * pad_to, x_BCS.shape[1] // groups
     weight = _joined([_padded(c.weight, rows, columns) for c in convs])
     bias, scale, shift = (
         _joined([_padded(v, rows) for v in vectors if v is not None])
         for vectors in ([c.bias for c in convs], [n.weight for n in norms], [n.bias for n in norms])
     )
-    x_BCHW = F.conv2d(x_BCHW, weight, bias, conv.stride, conv.padding, groups=groups)
+    convolve = F.conv2d if weight.dim() == 4 else F.conv3d
+    x_BCS = convolve(x_BCS, weight, bias, conv.stride, conv.padding, groups=groups)
     assert norm.running_mean is not None
     if norm.training:  # with a momentum of 1, what batch norm leaves in these are the batch's own
         statistics = norm.running_mean.new_zeros(2, len(norms) * rows)
     else:
         running = ([n.running_mean for n in norms], [n.running_var for n in norms])
         statistics = torch.stack([_joined([_padded(v, rows) for v in vs if v is not None]) for vs in running])
-    x_BCHW = F.batch_norm(x_BCHW, statistics[0], statistics[1], scale, shift, norm.training, 1.0, norm.eps)
-    return F.relu(x_BCHW, inplace=True), statistics
+    x_BCS = F.batch_norm(x_BCS, statistics[0], statistics[1], scale, shift, norm.training, 1.0, norm.eps)
+    return F.relu(x_BCS, inplace=True), statistics
 
 
 @torch.no_grad()
-def _move_on(norms: list[list[nn.BatchNorm2d]], statistics: list[Tensor]) -> None:
-    """Running statistics as after ``nn.BatchNorm2d`` in training. Those [2, C] of a batch belong to the norms, side by side."""
+def _move_on(norms: list[list[_Norm]], statistics: list[Tensor]) -> None:
+    """Running statistics as after PyTorch's batch norm in training. Those [2, C] of a batch belong to the norms, side by side."""
     running, of_batch, counts = [], [], []
     for beside, of_beside in zip(norms, statistics, strict=True):
         for norm, part in zip(beside, of_beside.chunk(len(beside), dim=1), strict=True):
@@ -139,12 +142,12 @@ def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
-def _conv(branch: Bottleneck, layer: int) -> nn.Conv2d:
-    return cast(nn.Conv2d, branch[3 * layer])
+def _conv(branch: Bottleneck, layer: int) -> nn.Conv2d | nn.Conv3d:
+    return cast("nn.Conv2d | nn.Conv3d", branch[3 * layer])
 
 
-def _norm(branch: Bottleneck, layer: int) -> nn.BatchNorm2d:
-    return cast(nn.BatchNorm2d, branch[3 * layer + 1])
+def _norm(branch: Bottleneck, layer: int) -> _Norm:
+    return cast(_Norm, branch[3 * layer + 1])
 
 
 def _tap_channels(module: TransferModule) -> list[int]:

@@ -17,10 +17,14 @@ forms = pytest.mark.parametrize(("form", "pad_to"), FORMS)
 PLAIN = {"form": "plain", "pad_to": 1, "recompute": False}
 
 
-def modules_of(*classes: int, channels=CHANNELS, combine="sum", width=20, dtype=torch.float64) -> list[TransferModule]:
+def modules_of(
+    *classes: int, channels=CHANNELS, combine="sum", width=20, dtype=torch.float64, dims=2
+) -> list[TransferModule]:
     """Modules whose batch norms are not as they begin: scales, shifts and statistics are random."""
-    modules = [TransferModule(channels, width, c, combine) for c in classes]
-    for norm in (n for m in modules for n in m.modules() if isinstance(n, torch.nn.BatchNorm2d)):
+    modules = [TransferModule(channels, width, c, combine, dims=dims) for c in classes]
+    norms = [n for m in modules for n in m.modules() if isinstance(n, (torch.nn.BatchNorm2d, torch.nn.BatchNorm3d))]
+    assert len(norms) == 3 * len(channels) * len(classes)
+    for norm in norms:
         torch.nn.init.normal_(norm.weight, 1, 0.3)
         torch.nn.init.normal_(norm.bias)
         norm.running_mean.normal_()
@@ -28,9 +32,11 @@ def modules_of(*classes: int, channels=CHANNELS, combine="sum", width=20, dtype=
     return [m.to(dtype) for m in modules]
 
 
-def taps_of(batch: int = 5, size: int = 13, dtype=torch.float64) -> list[Tensor]:
+def taps_of(batch: int = 5, size: int = 13, dtype=torch.float64, dims=2) -> list[Tensor]:
+    """Of images, or of clips with as many frames as fit: 4, 2 and 1."""
     sides = [size, size // 2 + 1, size // 4 + 1]
-    return [torch.randn(batch, c, s, s, dtype=dtype) for c, s in zip(CHANNELS, sides, strict=True)]
+    frames = [(), (), ()] if dims == 2 else [(4,), (2,), (1,)]
+    return [torch.randn(batch, c, *t, s, s, dtype=dtype) for c, t, s in zip(CHANNELS, frames, sides, strict=True)]
 
 
 def everything(modules, taps, upstream_BC=None, run=run_together, **how) -> dict[str, Tensor]:
@@ -67,10 +73,11 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("classes", [(7,), (7, 3), (4, 9, 2)])
+@pytest.mark.parametrize(("dims", "classes"), [(2, (7,)), (2, (7, 3)), (2, (4, 9, 2)), (3, (7, 3))])
 @forms
-def test_equal_in_float64(form, pad_to, classes, recompute, training):
-    modules, taps = [m.train(training) for m in modules_of(*classes)], taps_of()
+def test_equal_in_float64(form, pad_to, dims, classes, recompute, training):
+    modules = [m.train(training) for m in modules_of(*classes, dims=dims)]
+    taps = taps_of(size=13 if dims == 2 else 7, dims=dims)
     plain = everything(modules, taps, **PLAIN)
     assert plain["logits"].shape == (5, sum(classes))
     assert plain["0 branches.0.1.num_batches_tracked"] == training
@@ -96,9 +103,10 @@ def test_equal_in_float32(form, pad_to, recompute, channels_last):
     assert worst(found, exact) < 1.5 * worst(plain, exact) + 1e-5
 
 
+@pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("combine", ["sum", "mean"])
-def test_plain_is_each_module_by_itself(combine):
-    modules, taps = modules_of(7, 3, combine=combine), taps_of()
+def test_plain_is_each_module_by_itself(combine, dims):
+    modules, taps = modules_of(7, 3, combine=combine, dims=dims), taps_of(size=9, dims=dims)
 
     def one_by_one(modules, taps):
         return torch.cat([m(taps, torch.empty(0)) for m in modules], dim=1)
@@ -202,12 +210,14 @@ def test_autocast(form, pad_to, recompute):
     assert worst({k: found[k] for k in values}, values) < 0.05
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("form", "pad_to"), [("shared", 8), ("grouped", 8)])
-def test_compiled(form, pad_to, recompute):
+@pytest.mark.parametrize(
+    ("form", "pad_to", "recompute", "dims"),
+    [*itertools.product(("shared", "grouped"), (8,), (False, True), (2,)), ("grouped", 8, True, 3)],
+)
+def test_compiled(form, pad_to, recompute, dims):
     """One graph, and the running statistics move once."""
     torch.compiler.reset()
-    modules, taps = modules_of(7, 3, channels=CHANNELS[:2]), taps_of()[:2]
+    modules, taps = modules_of(7, 3, channels=CHANNELS[:2], dims=dims), taps_of(3, 9, dims=dims)[:2]
     compiled = torch.compile(run_together, backend="aot_eager", fullgraph=True)
     plain = everything(modules, taps, **PLAIN)
     assert worst(everything(modules, taps, run=compiled, form=form, pad_to=pad_to, recompute=recompute), plain) <= 1e-12
@@ -257,3 +267,18 @@ def test_state_dicts_are_what_they_were():
     names = TransferModule(CHANNELS, 20, 7).state_dict()
     layers = [f"branches.{i}.{n}" for i, n in itertools.product(range(3), (0, 1, 3, 4, 6, 7))]
     assert {n.rpartition(".")[0] for n in names} == {*layers, "linear"}
+
+
+def test_a_clip_of_one_frame_is_an_image():
+    """3x3x3 kernels that see one frame, padded in time, are their middle planes; the rest is as with images."""
+    (of_clips,), (of_images,) = modules_of(7, dims=3), modules_of(7)
+    for (name, value), other in zip(of_images.named_parameters(), of_clips.parameters(), strict=True):
+        assert other.dim() == value.dim() + (value.dim() == 4), name
+        with torch.no_grad():
+            other.copy_(value if value.dim() < 4 else torch.randn(other.shape, dtype=other.dtype))
+            if value.dim() == 4:
+                other[:, :, other.shape[2] // 2] = value
+    of_clips.load_state_dict({k: v for k, v in of_images.state_dict().items() if "running" in k}, strict=False)
+    taps, none = taps_of(), torch.empty(0)
+    expected = of_images.eval()(taps, none)
+    assert torch.allclose(of_clips.eval()([t.unsqueeze(2) for t in taps], none), expected, rtol=1e-12, atol=1e-12)

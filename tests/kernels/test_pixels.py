@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fasttrain.kernels import network_input
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .test_soft_target import DEVICE
 
@@ -66,17 +67,52 @@ def test_the_operator(need):
     assert torch.equal(compiled(*given, **options), network_input(*given, **options))
 
 
+@pytest.mark.parametrize("implementation", ["plain", "triton"])
+@pytest.mark.parametrize("size", [0, 11])
+@pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
+def test_clips_are_their_frames(implementation, size, layout, need):
+    if implementation == "triton":
+        need("triton")
+    clips = torch.randint(0, 256, (2, 3, 4, 7, 9), dtype=torch.uint8).contiguous(memory_format=layout)
+    rest = (MEAN.to(DEVICE), STD.to(DEVICE))
+    how = {"size": size, "dtype": torch.bfloat16, "implementation": implementation}
+    out = network_input(clips.to(DEVICE), *rest, **how)
+    assert out.shape == (2, 3, 4, size or 7, size or 9) and out.dtype == torch.bfloat16
+    assert out.is_contiguous(memory_format=torch.channels_last_3d)
+    for t in range(4):
+        assert torch.equal(out[:, :, t], network_input(clips[:, :, t].to(DEVICE), *rest, **how))
+
+
+def test_channels_last_clips_are_not_copied():
+    """Their frames are a view of the bytes that the loader gave; those of another layout are copied, as bytes."""
+
+    class Bytes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.uint8:
+                places.add(out.untyped_storage().data_ptr())
+            return out
+
+    for layout, count in ((torch.channels_last_3d, 1), (torch.contiguous_format, 2)):
+        clips = torch.zeros(2, 3, 4, 6, 6, dtype=torch.uint8).contiguous(memory_format=layout)
+        places = {clips.untyped_storage().data_ptr()}
+        with Bytes():
+            network_input(clips, MEAN, STD)
+        assert len(places) == count
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pixel_BCHW": torch.zeros(2, 3, 4, 4)}, "uint8 [B, 3, H, W], not torch.float32 [2, 3, 4, 4]"),
-        ({"pixel_BCHW": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)}, "not torch.uint8 [2, 4, 4, 3]"),
+        ({"pixels": torch.zeros(2, 3, 4, 4)}, "uint8 [B, 3, H, W] or [B, 3, T, H, W], not torch.float32 [2, 3, 4, 4]"),
+        ({"pixels": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)}, "not torch.uint8 [2, 4, 4, 3]"),
+        ({"pixels": torch.zeros(2, 8, 3, 4, 4, dtype=torch.uint8)}, "not torch.uint8 [2, 8, 3, 4, 4]"),
         ({"mean": torch.zeros(1)}, "mean and std must be [3], not [1] and [3]"),
         ({"implementation": "cuda"}, "implementation is one of auto, plain, triton, not 'cuda'"),
     ],
 )
 def test_mistakes(changes, message):
-    arguments = {"pixel_BCHW": torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "mean": MEAN, "std": STD}
+    arguments = {"pixels": torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "mean": MEAN, "std": STD}
     with pytest.raises(ValueError) as error:
         network_input(**(arguments | changes))
     assert message in str(error.value)

@@ -1,0 +1,103 @@
+"""Pretrained weights for a target's backbone.
+
+Files of these layouts fit, all by name: torchvision's state dicts; the checkpoints of Hara et al.'s 3D ResNets, old
+(``resnet-18-kinetics.pth``) and new (``r3d18_K_200ep.pth``); and our own (``checkpoints/selected.pt``).
+"""
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor
+
+from fasttrain.weights import Weights, find_file, is_library_name, read_weights
+
+from .backbone import Backbone
+
+_NAMED = 3  # tensors that a message names, of each kind
+
+
+def load_backbone(backbone: Backbone, spec: str, sha256: str = "") -> str:
+    """Loads weights into a backbone; a classifier among them is left out, everything else has to fit.
+
+    Args:
+        backbone: by ``build_backbone``.
+        spec: a file, ``package:MODULE``, or one of torchvision's names for weights of this network, such as
+            ``KINETICS400_V1``. Files with code in them are refused.
+        sha256: the file's SHA-256 or its first digits, to insist on.
+
+    Returns:
+        What was loaded, with its SHA-256, for the log.
+
+    Raises:
+        ValueError: weights that cannot be found, fetched or read, have another SHA-256, or do not fit.
+    """
+    try:
+        path = _fetched(backbone, spec) if is_library_name(spec) else find_file(spec)
+        weights = read_weights(path, sha256)
+    except ValueError as error:
+        raise ValueError(f"{'target.weights or target.sha256' if sha256 else 'target.weights'}: {error}") from None
+    given = _of_backbone(weights.tensors)
+    _insist_on_fit(backbone, given, weights)
+    backbone.load_state_dict(given, strict=False)  # strict but for the batch counters, which older files have not
+    name = f"{spec} ({path})" if str(path) != spec else spec
+    return f"{name}, {len(given)} tensors, SHA-256 {weights.sha256}"
+
+
+def _fetched(backbone: Backbone, name: str) -> Path:
+    """torchvision's file, downloaded where torch.hub keeps such files, unless it is there."""
+    if not backbone.of_torchvision:
+        raise ValueError(
+            f"{name!r} is a name of torchvision's, which has no {backbone.name}; give a file or package:MODULE"
+        )
+    import torchvision
+
+    known: Any = torchvision.models.get_model_weights(backbone.name)
+    if name not in known.__members__:
+        raise ValueError(f"torchvision has no weights {name!r} for {backbone.name}, but {', '.join(known.__members__)}")
+    url = known[name].url
+    path = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlparse(url).path).name)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
+        except Exception as error:  # of the network, of the disk, or another hash: they have no common class
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"cannot fetch {name} of {backbone.name} from {url} ({reason}); give a file") from None
+    return path
+
+
+def _of_backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without heads: what a target of ours has before them, or all but ``fc``, as torchvision and Hara et al. call it."""
+    ours = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
+    return ours or {k: v for k, v in tensors.items() if not k.startswith("fc.")}
+
+
+def _insist_on_fit(backbone: Backbone, given: dict[str, Tensor], weights: Weights) -> None:
+    wanted = backbone.state_dict()
+    counters = {k for k in wanted if k.endswith("num_batches_tracked")}
+    missing = [k for k in wanted if k not in given and k not in counters]
+    left = [k for k in given if k not in wanted]
+    other = [k for k in given if k in wanted and given[k].shape != wanted[k].shape]
+    if not missing and not left and not other:
+        return
+    shapes = [f"{k} {list(given[k].shape)}, not {list(wanted[k].shape)}" for k in other]
+    found = (("missing", missing), ("left over", left), ("of another shape", shapes))
+    told = "; ".join(f"{len(names)} tensors are {what}: {_some(names)}" for what, names in found if names)
+    raise ValueError(
+        f"target.weights: {weights.origin} does not fit target.model: {backbone.name}; {told}{_hint(missing, left)}"
+    )
+
+
+def _hint(missing: list[str], left: list[str]) -> str:
+    """Where only the type of the shortcuts differs: which one it is."""
+    if left and not missing and all(".downsample." in k for k in left):
+        return " (it has weights of shortcuts: target.shortcut B?)"
+    if missing and not left and all(".downsample." in k for k in missing):
+        return " (it has no weights of shortcuts: target.shortcut A?)"
+    return ""
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", .." if len(names) > _NAMED else "")
