@@ -10,6 +10,7 @@ import numpy as np
 from ..beton import RAW, Beton, read_beton
 from ..decode import decode
 from ..seek import TAG
+from ..video.packed import PackedClips, packed_clips
 from .base import Dataset, Encoded, split_off
 
 _MAX_CLASSES = 100_000  # where nothing names them: a label beyond is no class
@@ -96,15 +97,19 @@ def beton(root: Path, *, val_share: float, verify: bool = True) -> Dataset:
         raise ValueError(f"{root}: labels go from {labels.min()} to {labels.max()}, and there are {count} classes")
     if labels.ndim == 2 and labels.shape[1] != count:
         raise ValueError(f"{root}: labels are for {labels.shape[1]} classes, and {count} are named")
+    read: Packed | PackedClips = Packed(file)
     if about is not None:
-        splits = {k: _expand(v, len(file), f"{beside}: its split {k}") for k, v in about["splits"].items()}
+        if "videos" in about:
+            read = packed_clips(Packed(file), about["videos"], str(beside))
+            labels = labels[read.first_V[:-1]]
+        splits = {k: _expand(v, len(labels), f"{beside}: its split {k}") for k, v in about["splits"].items()}
         name, classes, content = about["name"], tuple(about["classes"]), about["sha256"]
     else:
         rest, test = split_off(labels, np.arange(len(file)), 0.2, purpose=3)
         train, val = split_off(labels[rest], rest, val_share, purpose=2)
         splits = {"train": train, "val": val, "test": test}
         name, classes, content = "beton", tuple(map(str, range(count))), file.head_sha256
-    return Dataset(name, classes, labels, Packed(file), splits, str(root), content=content)
+    return Dataset(name, classes, labels, read, splits, str(root), content=content)
 
 
 def compress(index_M: np.ndarray) -> list[list[int]]:

@@ -14,6 +14,7 @@ from fasttrain.loaders.pack import pack
 from fasttrain.cli import main
 from tests.loaders import samples
 from tests.loaders.jpegs import jpeg, photo
+from tests.loaders.videos import write
 
 
 @pytest.fixture
@@ -54,6 +55,48 @@ def test_check(data, tmp_path, capsys):
     assert f"{out} is damaged: its SHA-256 is" in capsys.readouterr().err
 
 
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    """A list of four videos and a file that is none, in two classes."""
+    rows = []
+    for i in range(5):
+        path = tmp_path / "clips" / "ab"[i % 2] / f"{i}.avi"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, "mpeg4", count=6 + i) if i != 3 else path.write_text("no video")
+        split = ("train", "train", "val", "train", "test")[i]
+        rows.append(json.dumps({"path": f"{'ab'[i % 2]}/{i}.avi", "label": "ab"[i % 2], "split": split}))
+    (tmp_path / "clips/list.jsonl").write_text("\n".join(rows))
+    return tmp_path / "clips"
+
+
+def test_videos(clips, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["pack", "videos", "--root", "clips", "--out", "x.beton", "--short-side", "48", "--quality", "80"]
+    assert main(command) == 0
+    about = json.loads((tmp_path / "x.beton.json").read_text())
+    assert about["options"] == {"short_side": 48, "quality": 80, "seek": True}
+    assert about["videos"] == {"first": [0, 6, 13, 21, 31], "names": ["a/0.avi", "b/1.avi", "a/2.avi", "a/4.avi"]}
+    ssim = about["ssim_112"]
+    assert capsys.readouterr().out == (
+        "x.beton: 4 videos (train 2, val 1, test 1), 31 frames, 4 MiB, "
+        f"{round(about['bytes'] / 31)} bytes a frame; SSIM {ssim['mean']:.3f}, lowest {ssim['lowest']:.3f}, at 112 px of 4 "
+        "frames; 1 left out, see x.beton.bad.jsonl\n"
+    )
+    assert 0.6 < ssim["lowest"] < ssim["mean"] < 1
+    (line,) = (tmp_path / "x.beton.bad.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"] == "clips/b/3.avi"
+    packed, files = open_dataset("beton", "x.beton"), open_dataset("videos", "clips")
+    assert packed.targets_N.tolist() == [0, 1, 0, 0] and packed.read.shape_N3[:, 1:].tolist() == [[48, 72]] * 4
+    for i, was in enumerate((0, 1, 2, 4)):
+        for shown, original in zip(packed.read.every(i), files.read.every(was), strict=True):
+            assert abs(shown.mean(axis=(0, 1)) - original.mean(axis=(0, 1))).max() < 3
+    assert main([*command, "--json"]) == 0  # nothing is left to do
+    assert json.loads(capsys.readouterr().out) == about
+    assert main(["pack", "--check", "x.beton"]) == 0
+    said = f"x.beton is as it was packed: 4 videos, 31 frames, SHA-256 {about['sha256']}\n"
+    assert capsys.readouterr().out == said
+
+
 MISTAKES = {
     "--root": (["folder", "--out", "x.beton"], "--root: folder needs the folder that holds it"),
     "no such root": (["folder", "--root", "/no/such", "--out", "x.beton"], "--root: there is no folder /no/such"),
@@ -69,6 +112,15 @@ MISTAKES = {
     "a flag's value": (["folder", "--root", "data", "--out", "x.beton", "--raw=1"], "--raw: ignored explicit argument '1'"),
     "quality": (["folder", "--root", "data", "--out", "x.beton", "--quality", "101"], "--quality: 101 is not between 1 and 100"),
     "square": (["folder", "--root", "data", "--out", "x.beton", "--square", "-4"], "--square: sides go from 0"),
+    "video option": (["folder", "--root", "data", "--out", "x.beton", "--short-side", "0"],
+                     "--short-side is for videos, and folder holds images, for which there is --max-size"),
+    "image option": (["motion", "--out", "x.beton", "--max-size", "0"],
+                     "--max-size is for images, and motion holds videos, for which there is --short-side"),
+    "pixels of videos": (["motion", "--out", "x.beton", "--raw"], "--raw is for images, and motion holds videos"),
+    "squares of videos": (["motion", "--out", "x.beton", "--square", "9"], "--square is for images, and motion holds videos"),
+    "short side": (["motion", "--out", "x.beton", "--short-side", "-1"], "--short-side: -1 is not between 0 (as they are)"),
+    "quality of videos": (["motion", "--out", "x.beton", "--quality", "0"], "--quality: 0 is not between 1 and 100"),
+    "split": (["ucf101", "--root", "data", "--out", "x.beton", "--split", "4"], "--split: 4 is not 1, 2 or 3"),
     "workers": (["folder", "--root", "data", "--out", "x.beton", "--workers", "-2"], "--workers: -2 is below 0"),
     "an older option": (["folder", "--root", "data", "--out", "x.beton", "--seekable"], "what is '--seekable'?"),
     "out is a folder": (["folder", "--root", "data", "--out", "data"], "data is there already, and no data.json says what"),
@@ -97,7 +149,8 @@ def test_a_mistake_ends_the_process_with_2(fasttrain, tmp_path):
 
 def test_help(capsys):
     assert main(["pack", "-h"]) == 0
-    assert "--max-size" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("--max-size", "--short-side", "--split", "--decoder"))
 
 
 def test_a_packing_that_is_killed_goes_on(tmp_path, monkeypatch):
@@ -108,7 +161,7 @@ def test_a_packing_that_is_killed_goes_on(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if i % 30 else b"text")
     command = ("pack", "folder", "--root", "data", "--out", "x.beton")
-    often = "import sys, fasttrain.loaders.pack as p, fasttrain.cli as c; p._SYNC_BYTES = 200_000; sys.exit(c.main())"
+    often = "import sys, fasttrain.loaders.growing as g, fasttrain.cli as c; g.SYNC_BYTES = 200_000; sys.exit(c.main())"
     process = subprocess.Popen([sys.executable, "-c", often, *command, "--workers", "1"], cwd=tmp_path)
     log, end = tmp_path / "x.beton.partial.log", time.monotonic() + 60
     while not (log.exists() and log.stat().st_size > 2_500) and process.poll() is None and time.monotonic() < end:

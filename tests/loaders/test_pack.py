@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fasttrain.loaders import Dataset, open_dataset
+from fasttrain.loaders import growing
 from fasttrain.loaders import pack as pack_module
 from fasttrain.loaders.beton import ALLOCATION, FIELD, HEADER, JPEG, RAW, BetonWriter, new_images, read_beton, records
 from fasttrain.loaders.crop import centre_square
@@ -510,7 +511,7 @@ def often(monkeypatch):
     """Every few images something is safely on disk; returns the indices of the samples that were encoded."""
     encoded: list[int] = []
     encode = pack_module._encode
-    monkeypatch.setattr(pack_module, "_SYNC_BYTES", 5_000)
+    monkeypatch.setattr(growing, "SYNC_BYTES", 5_000)
     monkeypatch.setattr(pack_module, "_encode", lambda d, o, i: encoded.append(i) or encode(d, o, i))
     return encoded
 
@@ -555,7 +556,7 @@ def test_a_stopped_packing_goes_on(make, tmp_path, often):
         with (tmp_path / f"{stop}.beton.partial").open("ab") as partial:
             partial.write(b"not yet safe" * 1000)
         log = (tmp_path / f"{stop}.beton.partial.log").read_bytes()
-        safe = (len(log) - log.index(b"\n") - 1) // pack_module._RECORD.itemsize
+        safe = (len(log) - log.index(b"\n") - 1) // growing.RECORD.itemsize
         assert stop - 20 < safe <= stop
         often.clear()
         pack(source, out)
