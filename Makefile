@@ -14,6 +14,8 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 # a packed set for the loaders' benchmark on a GPU: make gpu DATA=FILE.beton
 DATA ?=
+# a packed set of videos for whole steps on clips: make gpu VIDEO=FILE.beton
+VIDEO ?=
 # what benchmarks and GPU tests leave
 OUT ?= build/gpu
 # not from the root: there Python would find the folder fasttrain/ instead of the package as setup.py maps it
@@ -56,6 +58,10 @@ gpu:
 	$(ON_GPU) fasttrain bench transfer --target resnet18 --size 224 --batch 128 --rounds 3 --no-compile --json $(abspath $(OUT))/transfer.json
 	$(if $(DATA),$(ON_GPU) fasttrain bench step --target resnet18 --size 224 --batch 512 --images 1536 --no-module --repeats 3 \
 		--data $(abspath $(DATA)) --loader ffcv --json $(abspath $(OUT))/step.json)
+	$(if $(VIDEO),$(ON_GPU) fasttrain bench step --target resnet3d18 --frames 16 --size 112 --batch 128 --images 1024 --repeats 3 \
+		--data $(abspath $(VIDEO)) --loader video --json $(abspath $(OUT))/step-video.json)
+	$(if $(VIDEO),$(ON_GPU) fasttrain bench step --target resnet3d18 --frames 16 --size 112 --batch 128 --images 1024 --repeats 3 \
+		--data $(abspath $(VIDEO)) --loader video --no-module --json $(abspath $(OUT))/step-video-linear.json)
 	$(if $(DATA),$(ON_GPU) fasttrain bench loaders --data $(abspath $(DATA)) --size 224 --batch 256 --json $(abspath $(OUT))/loaders.json)
 
 clean:

@@ -2,13 +2,16 @@
 
     fasttrain bench step [--target resnet20] [--size 96] [--batch 128] [--models NAME,NAME] [--source-size 224] [--no-module]
                          [--data FOLDER|FILE.beton] [--images 256] [--loader auto] [--compile true|false|graphs]
-                         [--repeats 3] [--rows NAME,NAME] [--json FILE]
+                         [--frames N] [--repeats 3] [--rows NAME,NAME] [--json FILE]
 
   --target       backbone; auxiliary heads have transfer modules unless --no-module
   --models       of the sources, with random weights, 1000 and 365 classes; two ResNet-50 if not given
   --data         images; without it photographs that Debian packages ship. They are brought to centre squares of --size pixels,
                  unless --loader decodes them at every step (ffcv, dali, torch: then random-resized crops)
   --images       how many of them an epoch has
+  --frames       clips of so many frames, for a 3D target such as resnet3d18; --data is then a packed file of videos, without it
+                 the one that `fasttrain bench video` makes of its Kinetics-like files. Figures are clips a second, and the
+                 sources see centre frames. Others' rows know no clips
   --compile      our rows' run.compile; not given: auto
   --rows         of these alone
 
@@ -41,6 +44,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fasttrain.loaders import Dataset, open_dataset
 from fasttrain.loaders.datasets import stored_pixels
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -80,9 +84,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
     """
     given = _parsed(arguments)
     device = choose_device("auto")
-    data = prepare(given.data, 2000)
+    packed = _videos(given.data) if given.frames else prepare(given.data, 2000).packed
     asked = {k: v for k, v in vars(given).items() if k not in ("rows", "repeats", "data")}
-    asked["file"] = str(data.packed.source)
+    asked["file"] = str(packed.source)
     content: dict[str, Any] = {k: v for k, v in asked.items() if k != "file"} | {
         "device": str(device),
         "rows": [],
@@ -90,10 +94,10 @@ def run(arguments: list[str]) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         asked["folder"], asked["indices"] = folder, str(Path(folder) / "indices")
-        train_N = data.packed.splits["train"]
-        if len(train_N) < given.images:
+        train_N = packed.splits["train"]
+        if len(train_N) < given.batch or (len(train_N) < given.images and not given.frames):
             raise ValueError(f"bench step: --images {given.images}, but the training split has {len(train_N)}")
-        chosen_N = train_N[np.linspace(0, len(train_N) - 1, given.images).astype(int)]
+        chosen_N = train_N[np.linspace(0, len(train_N) - 1, min(given.images, len(train_N))).astype(int)]
         Path(asked["indices"]).write_text("\n".join(map(str, chosen_N)))
         made = recipe(asked)
         flops = describe(made)["flops_per_image"]
@@ -102,6 +106,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
         workers: dict[str, _Row] = {}
         try:
             for name in given.rows:
+                if given.frames and name.startswith(("paper", "timm")):
+                    content["not_run"][name] = "it is of images"
+                    continue
                 if name == "paper-style, memory kept" and device.type == "cuda":
                     content["not_run"][name] = "it is about memory on a CPU"
                     continue
@@ -120,7 +127,8 @@ def run(arguments: list[str]) -> dict[str, Any]:
     content["peak_gflops"] = _peak(device, dtype) / 1e9
     medians = {name: median(found) for name, found in speeds.items()}
     for name, found in speeds.items():
-        row: dict[str, Any] = {"name": name, "images_per_s": medians[name], "repeats": found, "shares": shares[name]}
+        unit = "clips_per_s" if given.frames else "images_per_s"
+        row: dict[str, Any] = {"name": name, unit: medians[name], "repeats": found, "shares": shares[name]}
         row["relative_to"] = {r: medians[name] / medians[r] for r in REFERENCES if r in medians and r != name}
         row["gflops"] = medians[name] * _flops(name, flops) / 1e9
         content["rows"].append(row)
@@ -139,14 +147,15 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--loader", default="auto")
     parser.add_argument("--compile", default="auto")
     parser.add_argument("--no-module", dest="module", action="store_false")
-    for name, default in (("size", 96), ("source-size", 224), ("batch", 128), ("images", 256), ("repeats", 3)):
+    numbers = {"size": 96, "source-size": 224, "batch": 128, "images": 256, "repeats": 3, "frames": 0}
+    for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rows", type=lambda text: text.split(";") if ";" in text else names(text), default=list(ROWS))
     try:
         given, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ValueError(f"bench step: {error}") from None
-    if rest or min(given.size, given.source_size, given.batch, given.repeats) < 1 or given.images < given.batch:
+    if rest or min(given.size, given.source_size, given.batch, given.repeats) < 1 or given.images < given.batch or given.frames < 0:
         what = " ".join(rest) or "a number below 1, or fewer --images than --batch"
         raise ValueError(f"bench step: what is {what}? See `fasttrain bench step -h`")
     # a row's name may hold a comma
@@ -155,6 +164,15 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     if not given.rows:
         raise ValueError(f"bench step: there is no row {joined!r}; there are {'; '.join(ROWS)}")
     return given
+
+
+def _videos(data: Path | None) -> Dataset:
+    """The packed videos to train on."""
+    if data is not None:
+        return open_dataset("beton", data)
+    from . import video
+
+    return next(video.sets(["kinetics"], videos=32, short_side=128, quality=90)).packed
 
 
 def recipe(asked: dict[str, Any], **changes: str) -> Recipe:
@@ -173,7 +191,10 @@ def recipe(asked: dict[str, Any], **changes: str) -> Recipe:
         "indices": asked.get("indices"),
         "drop_last": True,
     }
-    data |= {"stored": asked["size"], "crop": "pad"} if whole else {"crop": "random_resized"}
+    if asked["frames"]:
+        data |= {"frames": asked["frames"], "crop": "corner", "clips": 1}
+    else:
+        data |= {"stored": asked["size"], "crop": "pad"} if whole else {"crop": "random_resized"}
     content = {
         "name": "bench",
         "data": data,
@@ -260,12 +281,13 @@ def _print(content: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("row", no_wrap=True)
     ratios = [f"x {r}" for r in REFERENCES]
-    for heading in ("images/s", "least", "most", *ratios, "GFLOP/s", "of peak"):
+    unit = "clips_per_s" if content["frames"] else "images_per_s"
+    for heading in (unit.replace("_per_s", "/s"), "least", "most", *ratios, "GFLOP/s", "of peak"):
         table.add_column(heading, justify="right", width=max(map(len, heading.split())))
     for row in content["rows"]:
         figures = [
             f"{f:.1f}" if f < 1000 else f"{f:.0f}"
-            for f in (row["images_per_s"], min(row["repeats"]), max(row["repeats"]))
+            for f in (row[unit], min(row["repeats"]), max(row["repeats"]))
         ]
         ratios = [f"{row['relative_to'][r]:.2f}" if r in row["relative_to"] else "" for r in REFERENCES]
         known = row["gflops"] > 0

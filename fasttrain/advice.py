@@ -28,6 +28,9 @@ def advise(share: dict[str, float], recipe: Recipe, loader: str, *, recalled: bo
 def _for_data(recipe: Recipe, loader: str) -> str:
     workers = "more data.workers" if recipe.data.workers >= 0 else "more CPU cores"
     smaller = "`fasttrain pack --max-size`, a little above data.size"
+    if loader == "video":
+        smaller = "`fasttrain pack --short-side`, a little above data.size"
+        return f"try {smaller if recipe.data.name == 'beton' else '`fasttrain pack` and --data.name beton'}, or {workers}"
     if loader == "torch":
         return "try `fasttrain pack` and --data.name beton, which loads several times as fast"
     if loader == "ffcv":
@@ -45,6 +48,6 @@ def _for_sources(recipe: Recipe, recalled: bool, compiled: bool) -> str:
     if not recipe.transfer.recall:
         return "try transfer.recall true"
     if not recipe.data.views:
-        few = recipe.data.crop != "random_resized"
+        few = recipe.data.crop in ("pad", "centre") and not recipe.data.frames
         return "try data.views 4, which computes each soft label once" + (", or transfer.every_view" if few else "")
     return "try run.compile true" if not compiled else "try a smaller source size"

@@ -19,9 +19,9 @@ usage: fasttrain COMMAND ...
   eval RUN [--split test|val] [--field value ...]
                                          figures of a run's folder or checkpoint (--json)
   export RUN --out FILE                  the trained target alone, as an exported program (.pt2)
-  pack DATASET --root DIR --out FILE     one .beton for FFCV and DALI, every image checked (`fasttrain pack -h`)
+  pack DATASET --root DIR --out FILE     one .beton of images or videos, each of them checked (`fasttrain pack -h`)
   cache RECIPE [--field value ...]       soft labels ahead of a run (`fasttrain cache -h`)
-  bench loaders|kernels|sources|transfer|step [--json FILE]
+  bench loaders|video|kernels|sources|transfer|step [--json FILE]
                                              speed beside others' in the same run (`fasttrain bench loaders -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
 
@@ -206,7 +206,7 @@ _GOES_ON = {
     "pack": "; the same command goes on where it was",
     "cache": "; the same command goes on where it was",
 }
-SUITES = ("kernels", "loaders", "sources", "step", "transfer")
+SUITES = ("kernels", "loaders", "sources", "step", "transfer", "video")
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,

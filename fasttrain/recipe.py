@@ -394,14 +394,14 @@ _RANGES: list[tuple[Callable[[float], bool], str, str]] = [
         lambda v: v > 0,
         "is not above 0",
         "data.size data.batch transfer.temperature optim.epochs run.seeds run.parallel run.eval_every run.log_every "
-        "run.checkpoint_every run.accumulate transfer.pad_to",
+        "run.checkpoint_every run.accumulate transfer.pad_to data.stride data.clips target.width",
     ),
     (
         lambda v: v >= 0,
         "is below 0",
-        "data.labelled data.stored data.grow_from data.pad data.views data.seed target.classes transfer.alpha "
+        "data.labelled data.stored data.grow_from data.pad data.views data.seed data.frames target.classes target.frozen transfer.alpha "
         "transfer.still transfer.recall_top transfer.recall_gib optim.lr optim.weight_decay optim.warmup_epochs "
-        "optim.clip_norm run.seed run.checkpoint_steps",
+        "optim.clip_norm optim.backbone_lr run.seed run.checkpoint_steps",
     ),
     (lambda v: v >= -1, "is below -1", "data.workers"),
     (lambda v: 0 <= v <= 1, "is not in [0, 1]", "data.hw_decoder_load"),
@@ -427,10 +427,12 @@ def _check(r: Recipe) -> None:
         )
     if r.data.grow_from and r.sources and r.data.views and r.transfer.recall and not r.transfer.still:
         raise ValueError("data.grow_from: recalled sources need transfer.still, a size that does not grow")
-    if r.transfer.every_view and (r.data.crop == "random_resized" or r.data.views or r.data.grow_from):
+    many = r.data.crop not in ("pad", "centre") or r.data.frames
+    if r.transfer.every_view and (many or r.data.views or r.data.grow_from):
         raise ValueError(
-            "transfer.every_view: only crop pad or centre, with data.views 0 and images of one size, has few views; "
-            f"here are data.crop {r.data.crop}, data.views {r.data.views}, data.grow_from {r.data.grow_from}"
+            "transfer.every_view: only crop pad or centre of images, with data.views 0 and one size, has few views; here are "
+            f"data.crop {r.data.crop}, data.frames {r.data.frames}, data.views {r.data.views}, data.grow_from "
+            f"{r.data.grow_from}"
         )
     if r.run.accumulate > r.data.batch:
         raise ValueError(f"run.accumulate: {r.run.accumulate} parts of a batch of {r.data.batch}")

@@ -3,10 +3,16 @@
 import base64
 import html
 import io
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .build import loader_specs, open_data
 from .files import write_text
+from .loaders import open_loader
 from .log import read_lines
 from .recipe import Recipe, to_yaml
 
@@ -40,6 +46,7 @@ def write(path: Path, recipe: Recipe, table: dict[str, Any], jobs: list, summari
         f"split; the test split was looked at once per run. {_runs(table)}</p>",
         "<h2>Curves</h2>",
         _curves(jobs, table["metric"]),
+        *_clip(recipe),
         "<h2>Where the time went</h2>",
         _times(jobs, summaries),
         "<h2>Sources and data</h2>",
@@ -89,6 +96,38 @@ def _times(jobs: list, summaries: list[dict[str, Any]]) -> str:
     return f"<table><tr><th>{head}<th>seconds of training{''.join(rows)}</table>{advice}"
 
 
+def _clip(recipe: Recipe) -> list[str]:
+    """The first clip that was learned from, and what the sources saw of it; nothing of a recipe of images."""
+    if not recipe.data.frames:
+        return []
+    from matplotlib.figure import Figure
+
+    dataset = open_data(recipe)
+    spec, _ = loader_specs(recipe, dataset)
+    still = recipe.transfer.still if recipe.chosen_sources() else 0
+    with closing(open_loader("video", replace(spec, batch=1, still=still, drop_last=False), workers=1)) as loader:
+        batch = next(iter(loader))
+    shown_T = np.unique(np.linspace(0, recipe.data.frames - 1, 8).round().astype(int))
+    pictures = [(f"frame {t}", batch.pixels[0, :, t]) for t in shown_T.tolist()]
+    if recipe.chosen_sources():
+        side = f"{still} px" if still else "enlarged"
+        pictures.append((f"f_s: frame {recipe.data.frames // 2}, {side}", (batch.still if still else batch.images)[0]))
+    figure = Figure(figsize=(11, 1.7), dpi=110, layout="constrained")
+    for axis, (title, pixel_CHW) in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
+        axis.imshow(pixel_CHW.permute(1, 2, 0).numpy())
+        axis.set_title(title, fontsize=7)
+        axis.axis("off")
+    name = _e(dataset.classes[int(batch.targets[0])])
+    said = f"<p>The first clip of the training ({name}) as the target saw it, and the frame that the sources saw.</p>"
+    return ["<h2>A clip</h2>", said, _embedded(figure, "frames of a clip")]
+
+
+def _embedded(figure: Any, name: str) -> str:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'
+
+
 def _curves(jobs: list, metric: str) -> str:
     """Training loss of the task and the selecting figure on the validation split, a colour a row, a line a seed."""
     from matplotlib.figure import Figure  # slow to import
@@ -108,6 +147,4 @@ def _curves(jobs: list, metric: str) -> str:
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'
+    return _embedded(figure, "curves")

@@ -82,7 +82,7 @@ class VideoLoader(EpochLoader):
         still_BRRC = torch.empty(len(index_B), spec.still, spec.still, 3, dtype=torch.uint8, pin_memory=pinned)
         begun = _Begun(clip_BTSSC, still_BRRC, index_B.copy(), number_B.copy(), [])
         assert self._pool is not None
-        for part in np.array_split(np.arange(len(index_B)), min(_TASKS * self.workers, len(index_B))):
+        for part in np.array_split(np.arange(len(index_B)), max(min(_TASKS * self.workers, len(index_B)), 1)):
             begun.futures.append(self._pool.submit(self._make, begun, part, epoch))
         return begun
 

@@ -12,6 +12,7 @@ PLANS = [
     ViewPlan(crop="pad", pad=4, flip="horizontal"),
     ViewPlan(crop="random_resized", flip="both"),
     ViewPlan(crop="random_resized", min_area=0.5, views=3),
+    ViewPlan(crop="corner"),
     ViewPlan(crop="centre", centre_share=0.875, flip="none", views=1),
 ]
 
@@ -122,3 +123,17 @@ def test_scaling_a_view_keeps_its_corners():
     large = view.scaled(128 / 24)
     assert (large.box_B4[:, 2:] == 128).all()
     assert np.abs(large.box_B4[:, :2] - view.box_B4[:, :2] * 128 / 24).max() <= 0.5
+
+
+def test_corner_crops_have_five_scales_at_five_places():
+    """Each scale at each place equally often; a square as high as the image has only three of them."""
+    box_B4 = ViewPlan(crop="corner").numbered(0, np.arange(20_000), np.zeros(20_000), 100, 160).box_B4
+    ways, counts = np.unique(box_B4, axis=0, return_counts=True)
+    assert (ways[:, 2] == ways[:, 3]).all() and set(ways[:, 2]) == {100, 84, 70, 59, 50}
+    for side in (100, 84, 70, 59, 50):
+        low, right = 100 - side, 160 - side
+        places = {(y, x) for y in (0, low) for x in (0, right)} | {(low // 2, right // 2)}
+        its = ways[:, 2] == side
+        assert {tuple(w[:2]) for w in ways[its].tolist()} == places
+        each = counts[its] if side < 100 else counts[its] / np.array([2, 1, 2])
+        assert (np.abs(each - 800) < 120).all()

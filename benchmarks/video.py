@@ -1,0 +1,327 @@
+"""Suite ``video``: clips a second of decoders on files as they are published, and of packed ones.
+
+    fasttrain bench video [--sets ucf,kinetics] [--data NAME=ROOT] [--videos 16] [--clips 128] [--frames 16] [--size 112]
+                          [--batch 32] [--workers N] [--short-side 128] [--quality 90] [--repeats 5] [--rows NAME,NAME]
+                          [--json FILE]
+
+  --sets         kinds of made-up files, see benchmarks/clips.py: ucf (xvid 320 x 240, a key frame every 12), kinetics (H.264
+                 340 x 256, up to 250); kept in the user's cache, --videos of each
+  --data         real videos instead, such as ucf101=/data/UCF101 (a data set and its root)
+  --clips        how many a row serves in a turn, at most (slow rows fewer, about ten seconds)
+  --rows         of these alone: pyav, decord, torchcodec, dali, bare decord, packed, bare decode
+
+Rows of a decoder and ``packed`` are our video loader: clips of --frames frames at random places, cut by multi-scale corner crops
+to --size pixels, mirrored at random, in batches. They serve the same clips. ``packed`` reads what `fasttrain pack` makes of the
+files (--short-side, --quality). ``bare decord``: the frames of the same clips in as many threads, as a script with decord would
+read them, nothing cut. ``bare decode``: the same as ``packed`` without batches, threads or order around it but for the
+threads themselves. Rows take turns, --repeats times; figures are medians. SSIM is between the packed file's clips and those of
+the files themselves (PyAV), at --size pixels: of evaluation views (the centre square) and of the training views.
+"""
+
+import argparse
+import gc
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from fasttrain.loaders import ClipPlan, Dataset, LoaderSpec, ViewPlan, evaluation, open_dataset, open_loader
+from fasttrain.loaders.pack_video import pack_videos
+from fasttrain.loaders.video_loader import VideoLoader
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from . import clips
+
+CACHE = Path("~/.cache/fasttrain/clips-like")
+DECODERS = ("pyav", "decord", "torchcodec", "dali")
+ROWS = (*DECODERS, "bare decord", "packed", "bare decode")
+_TURN = 10.0  # seconds, of a row that is slow
+
+
+@dataclass
+class Set:
+    """One set of videos: its name in rows, the files, and what was packed of them."""
+
+    name: str
+    files: tuple[str, Path]
+    packed: Dataset
+
+    def dataset(self, decoder: str) -> Dataset:
+        return open_dataset(*self.files, decoder=decoder)
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """Measures; prints tables, and returns rows and what could not run.
+
+    Raises:
+        ValueError: arguments that make no sense, or no data.
+    """
+    given = _parsed(arguments)
+    content: dict[str, Any] = {k: v for k, v in vars(given).items() if k not in ("rows", "data", "sets")}
+    content |= {"rows": [], "sets": [], "not_run": {}}
+    for one in _asked(given):
+        rows = _timed(one, given, content["not_run"])
+        content["rows"] += rows
+        about = _about(one, given)
+        content["sets"].append(about)
+        _print(one, given, rows, about)
+    return content
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    def names(text: str) -> list[str]:
+        return [part.strip() for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(prog="fasttrain bench video", exit_on_error=False, add_help=False)
+    parser.add_argument("--sets", type=names, default=list(clips.KINDS))
+    parser.add_argument("--data")
+    parser.add_argument("--rows", type=names, default=list(ROWS))
+    numbers = {"videos": 16, "clips": 128, "frames": 16, "size": 112, "batch": 32, "short-side": 128, "quality": 90}
+    for name, default in (numbers | {"repeats": 5, "workers": len(os.sched_getaffinity(0))}).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    try:
+        given, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"bench video: {error}") from None
+    least = min(getattr(given, name.replace("-", "_")) for name in (*numbers, "repeats", "workers"))
+    if rest or least < 1 or given.clips < given.batch:
+        what = " ".join(rest) or "a number below 1, or fewer --clips than --batch"
+        raise ValueError(f"bench video: what is {what}? See `fasttrain bench video -h`")
+    for asked, known, option in ((given.sets, clips.KINDS, "--sets"), (given.rows, ROWS, "--rows")):
+        for name in asked:
+            if name not in known:
+                raise ValueError(f"bench video: {option}: there is no {name!r}; there are {', '.join(known)}")
+    return given
+
+
+def _asked(given: argparse.Namespace) -> Iterator[Set]:
+    if not given.data:
+        return sets(given.sets, videos=given.videos, short_side=given.short_side, quality=given.quality)
+    name, _, root = given.data.partition("=")
+    files = {name: (name, Path(root).expanduser().resolve())}
+    return _packed(files, short_side=given.short_side, quality=given.quality)
+
+
+def sets(kinds: list[str], *, videos: int, short_side: int, quality: int) -> Iterator[Set]:
+    """The made-up sets, made and packed where they are not there yet.
+
+    Args:
+        kinds: keys of :data:`benchmarks.clips.KINDS`.
+        videos: of each.
+        short_side, quality: of packed frames.
+    """
+    cache = CACHE.expanduser()
+    folders = {kind: clips.make(cache / f"{kind}-{videos}", kind, videos) for kind in kinds}
+    files = {f"{kind}-like": ("videos", folder) for kind, folder in folders.items()}
+    return _packed(files, short_side=short_side, quality=quality)
+
+
+def _packed(files: dict[str, tuple[str, Path]], *, short_side: int, quality: int) -> Iterator[Set]:
+    for name, (kind, root) in files.items():
+        made_of = f"{kind} {root} {short_side} {quality}"
+        out = CACHE.expanduser() / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.beton"
+        print(f"packed: {out}", flush=True)
+        pack_videos(open_dataset(kind, root), out, short_side=short_side, quality=quality)
+        yield Set(name, (kind, root), open_dataset("beton", out))
+
+
+def _spec(dataset: Dataset, given: argparse.Namespace, **changes: Any) -> LoaderSpec:
+    """What every row loads."""
+    made: dict[str, Any] = {"plan": ViewPlan("corner"), "size": given.size, "stored": 0, "batch": given.batch}
+    return LoaderSpec(dataset, np.arange(len(dataset)), **made | {"clip": ClipPlan(given.frames)} | changes)
+
+
+class _Loaded:
+    """Our loader, batch after batch, through as many epochs as it takes."""
+
+    def __init__(self, dataset: Dataset, given: argparse.Namespace) -> None:
+        batch = min(given.batch, len(dataset))
+        self.loader = open_loader("video", _spec(dataset, given, batch=batch), workers=given.workers)
+        self._walk = self._batches()
+
+    def _batches(self) -> Iterator[int]:
+        while True:
+            yield from map(len, self.loader)
+
+    def serve(self, clips_wanted: int) -> int:
+        served = 0
+        while served < clips_wanted:
+            served += next(self._walk)
+        return served
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+class _Bare:
+    """The same clips, without a loader: threads that take one after the other."""
+
+    def __init__(self, dataset: Dataset, given: argparse.Namespace) -> None:
+        self.spec = _spec(dataset, given)
+        self.given, self._pool, self._at = given, ThreadPoolExecutor(given.workers), 0
+        self._loader = VideoLoader(self.spec, workers=1)
+
+    def serve(self, clips_wanted: int) -> int:
+        def one(epoch_and_index: tuple[int, int]) -> None:
+            self.show(*epoch_and_index)
+
+        todo = list(itertools.islice(self._samples(), clips_wanted))
+        self._at += clips_wanted
+        list(self._pool.map(one, todo))
+        return clips_wanted
+
+    def _samples(self) -> Iterator[tuple[int, int]]:
+        """(epoch, index) in the order of the epochs, from where the last turn ended."""
+        count = len(self.spec.index_N)
+        for epoch in itertools.count(self._at // count):
+            skip = self._at % count if epoch == self._at // count else 0
+            yield from ((epoch, int(i)) for i in self.spec.epoch_order(epoch)[skip:])
+
+    def show(self, epoch: int, index: int) -> None:
+        size = self.given.size
+        clip_TSSC = np.empty((self.given.frames, size, size, 3), dtype=np.uint8)
+        self._loader._show(index, epoch, clip_TSSC, np.empty((0, 0, 3), dtype=np.uint8))
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+class _BareDecord(_Bare):
+    def show(self, epoch: int, index: int) -> None:
+        import decord
+
+        read, clip = self.spec.dataset.read, self.spec.clip
+        assert clip is not None
+        reader = decord.VideoReader(read.name(index), num_threads=1)  # type: ignore[attr-defined]
+        one = np.array([index])
+        frame_1T = clip(seed=0, number_B=np.array([epoch]), index_B=one, count_B=np.array([len(reader)]))
+        reader.get_batch(frame_1T[0].tolist()).asnumpy()
+
+
+def _opened(name: str, one: Set, given: argparse.Namespace) -> Any:
+    if name == "packed":
+        return _Loaded(one.packed, given)
+    if name == "bare decode":
+        return _Bare(one.packed, given)
+    if name == "bare decord":
+        import decord  # noqa: F401
+
+        return _BareDecord(one.dataset("decord"), given)
+    dataset = one.dataset(name)
+    others = dataset.read.fallbacks()  # type: ignore[attr-defined]
+    if len(others) == len(dataset):
+        raise ValueError(f"{name} leaves all of them to PyAV: {next(iter(others.values()))}")
+    return _Loaded(dataset, given)
+
+
+def _timed(one: Set, given: argparse.Namespace, not_run: dict[str, str]) -> list[dict[str, Any]]:
+    opened: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    for name in given.rows:
+        try:
+            row = _opened(name, one, given)
+            once = _seconds(row, given.batch)  # compiles, opens, warms the page cache
+            once = min(once, _seconds(row, given.batch))
+        except Exception as error:  # missing parts: the other rows can run
+            not_run[f"{one.name} {name}"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        opened[name] = row
+        counts[name] = max(given.batch, min(given.clips, int(_TURN / once * given.batch)))
+    speeds: dict[str, list[float]] = {name: [] for name in opened}
+    for repeat in range(given.repeats):
+        first = repeat % max(len(opened), 1)
+        for name in [*list(opened)[first:], *list(opened)[:first]]:
+            # fast rows take as long a turn as it needs to be timed well
+            rounds = max(1, round(1.0 / max(_last(speeds[name], counts[name]), 1e-3)))
+            speeds[name].append(counts[name] * rounds / sum(_seconds(opened[name], counts[name]) for _ in range(rounds)))
+    for row in opened.values():
+        row.close()
+    medians = {name: median(found) for name, found in speeds.items()}
+    plain = [name for name in DECODERS if name in medians]
+    rows = []
+    for name, found in speeds.items():
+        references = {"best plain": max(medians[p] for p in plain)} if plain else {}
+        references |= {r: medians[r] for r in ("bare decode", "bare decord") if r in medians and r != name}
+        relative = {r: medians[name] / speed for r, speed in references.items()}
+        rows.append(
+            {"name": f"{one.name} {name}", "clips_per_s": medians[name], "relative_to": relative, "repeats": found}
+        )
+    return rows
+
+
+def _last(speeds: list[float], count: int) -> float:
+    """Seconds that a turn of ``count`` clips took; 1 where there was none."""
+    return count / speeds[-1] if speeds else 1.0
+
+
+def _seconds(row: Any, count: int) -> float:
+    gc.collect()
+    start = time.perf_counter()
+    served = row.serve(count)
+    return (time.perf_counter() - start) * count / served
+
+
+def _about(one: Set, given: argparse.Namespace) -> dict[str, Any]:
+    """Sizes of the files and of what was packed, and how alike their pictures are."""
+    read, packed = one.dataset("pyav").read, one.packed.read
+    frames = int(read.shape_N3[:, 0].sum())  # type: ignore[attr-defined]
+    count = len(one.packed)
+    out: dict[str, Any] = {"name": one.name, "videos": count, "frames": frames}
+    out["bytes_per_frame"] = read.total_bytes(count) / frames  # type: ignore[attr-defined]
+    out["packed_bytes_per_frame"] = Path(one.packed.source).stat().st_size / frames
+    assert packed is not None
+    for name, changes in (
+        ("evaluation", {"plan": evaluation(), "clip": ClipPlan(given.frames, 1, 1)}),
+        ("training", {"plan": ViewPlan("corner")}),
+    ):
+        values = _ssim(one, given, changes)
+        out[f"ssim_{name}"] = {"mean": float(values.mean()), "least": float(values.min())}
+    return out
+
+
+def _ssim(one: Set, given: argparse.Namespace, changes: dict[str, Any]) -> torch.Tensor:
+    """Of every fourth frame of 16 clips: [frames]."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    found = []
+    theirs, ours = (
+        replace(_spec(d, given, **changes), shuffle=False, batch=16, index_N=np.arange(min(16, len(d))))
+        for d in (one.dataset("pyav"), one.packed)
+    )
+    with_files, with_packed = (open_loader("video", s, workers=given.workers) for s in (theirs, ours))
+    for a, b in zip(with_files, with_packed, strict=True):
+        for t in range(0, given.frames, 4):
+            found.append(ssim(a.pixels[:, :, t].float(), b.pixels[:, :, t].float(), data_range=255.0, reduction="none"))
+    with_files.close()
+    with_packed.close()
+    return torch.cat([torch.as_tensor(f) for f in found])
+
+
+def _print(one: Set, given: argparse.Namespace, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    title = f"{about['videos']} videos, {given.frames} frames at {given.size} px, batch {given.batch}, {given.workers} threads"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("row", no_wrap=True)
+    references = ("best plain", "bare decord", "bare decode")
+    for heading in ("clips/s", "least", "most", *(f"x {r}" for r in references)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        figures = [f"{f:.1f}" for f in (row["clips_per_s"], min(row["repeats"]), max(row["repeats"]))]
+        ratios = [f"{row['relative_to'][r]:.2f}" if r in row["relative_to"] else "" for r in references]
+        table.add_row(row["name"], *figures, *ratios)
+    console = Console()
+    console.print(table)
+    said = [f"{about['bytes_per_frame']:.0f} bytes a frame, packed {about['packed_bytes_per_frame']:.0f}"]
+    for view in ("evaluation", "training"):
+        found = about[f"ssim_{view}"]
+        said.append(f"SSIM of {view} views {found['mean']:.4f} (least {found['least']:.4f})")
+    console.print("; ".join(said), highlight=False, soft_wrap=True)
