@@ -64,7 +64,7 @@ def open_dataset(
         val_share: share of the training images held out for validation, where the data set has no such split.
         verify: compare the files with the published checksums, where there are some.
         split: the official split, 1, 2 or 3, of ``hmdb51`` and ``ucf101``; others have no use for it.
-        decoder: what decodes video files; a name that :class:`~fasttrain.loaders.video.VideoFiles` knows.
+        decoder: what decodes video files; a name that :class:`~fasttrain.loaders.video.files.VideoFiles` knows.
 
     Raises:
         ValueError: unknown name, missing folder, files that are not what they should be.

@@ -15,6 +15,7 @@ import numpy as np
 from .base import Dataset
 from .labels import complete_splits, csv_rows
 from .paths import Tree, folder_with
+from .videos import video_files
 
 _SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")  # the first that is there counts
 _CALLED = {"train": ("train",), "val": ("val", "validate"), "test": ("test",)}  # files and folders of each split
@@ -50,8 +51,6 @@ def kinetics400(root: Path, *, val_share: float, decoder: str = "auto", verify: 
         ValueError: no such layout, a malformed line, a label that ``train`` does not have, a video that is listed twice or
             leads out of its split's folder, or no training video at all; names the line.
     """
-    from ..video.files import VideoFiles
-
     lists = folder_with(root, (".", "annotations"), "train.csv")
     if lists is not None:
         clips_by_split = _listed(lists)
@@ -95,7 +94,7 @@ def kinetics400(root: Path, *, val_share: float, decoder: str = "auto", verify: 
     splits = complete_splits(targets_N, given, val_share)
     names = "\n".join(path.name for path in paths)
     content = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()  # who is missing differs
-    return Dataset("kinetics400", classes, targets_N, VideoFiles(paths, decoder), splits, f"{root}{note}", content)
+    return Dataset("kinetics400", classes, targets_N, video_files(paths, decoder), splits, f"{root}{note}", content)
 
 
 def read_list(path: Path, unlabelled: bool = False) -> list[_Clip]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..video.base import Clips
 from .base import Dataset, split_off_groups
 from .labels import read_text
 from .listed import read_list
@@ -20,9 +21,14 @@ def videos(root: Path, *, val_share: float, decoder: str = "auto", verify: bool 
     Raises:
         ValueError: as ``listed`` does; or an unknown decoder.
     """
-    from ..video.files import VideoFiles
+    return read_list("videos", root, val_share, lambda paths: video_files(paths, decoder))
 
-    return read_list("videos", root, val_share, lambda paths: VideoFiles(paths, decoder))
+
+def video_files(paths: list[Path], decoder: str) -> Clips:
+    """``read`` of videos in files, none of which is opened yet; raises ``ValueError`` for an unknown decoder."""
+    from ..video.files import VideoFiles  # when it is asked for: images are loaded without PyAV
+
+    return VideoFiles(paths, decoder)
 
 
 class Entry(NamedTuple):
@@ -57,15 +63,13 @@ def official(
         classes: in the order of the class indices.
         entries: what the split files name.
         val_share: share of the training videos.
-        decoder: for :class:`VideoFiles`.
+        decoder: of :func:`video_files`.
         split: the split's number.
 
     Raises:
         ValueError: a video that is not there or leads out of ``folder``, that is named twice, or a class without training
             videos; names the line.
     """
-    from ..video.files import VideoFiles
-
     tree = Tree(folder)
     place_by_case = _by_case(tree.folders())
     file_by_case: dict[str, dict[str, str]] = {}
@@ -105,7 +109,7 @@ def official(
     if len(empty):
         raise ValueError(f"data.root: split {split} in {folder} has no training videos of {classes[empty[0]]}")
     train, val = split_off_groups(targets_N[train], group_N[train], train, val_share, purpose=2)
-    read = VideoFiles([path for _, path, _ in found], decoder)
+    read = video_files([path for _, path, _ in found], decoder)
     splits = {"train": train, "val": val, "test": test}
     return Dataset(name, classes, targets_N, read, splits, f"{folder}, split {split}")
 
