@@ -38,7 +38,8 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
         spec, evals = loader_specs(recipe, dataset)
         name, why = (recipe.data.loader, "as asked") if recipe.data.loader != "auto" else choose_loader(spec, device)
         content["loader"] = f"{name} ({why})"
-        content["videos" if dataset.video else "images"] = {"train": len(spec.index_N)} | {k: len(s.index_N) for k, s in evals.items()}
+        kind = "videos" if dataset.video else "images"
+        content[kind] = {"train": len(spec.index_N)} | {k: len(s.index_N) for k, s in evals.items()}
         if recalls(recipe) and sources:
             content["recalled_soft_targets_bytes"] = label_bytes(
                 recipe, len(spec.index_N), choose_source_dtype(recipe.transfer.precision, dtype, device)

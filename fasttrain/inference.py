@@ -64,7 +64,8 @@ def export(name: str, out: str) -> str:
     )
     extra = {"classes.txt": "\n".join(classes), "recipe.yaml": to_yaml(recipe)}
     write_whole(Path(out), lambda file: torch.export.save(program, file, extra_files=extra))
-    return f"{out}: {recipe.target.model}, {len(classes)} classes, pixels float32 [B, {', '.join(map(str, shape))}] of 0 to 255"
+    sides = ", ".join(map(str, shape))
+    return f"{out}: {recipe.target.model}, {len(classes)} classes, pixels float32 [B, {sides}] of 0 to 255"
 
 
 class _WithNormalisation(torch.nn.Module):

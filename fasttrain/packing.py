@@ -2,8 +2,8 @@
 
     fasttrain pack DATASET --root DIR --out FILE [--max-size PX] [--square PX] [--quality Q] [--raw] [--no-seek]
                                                  [--workers N] [--json]
-    fasttrain pack VIDEOS --root DIR --out FILE [--short-side PX] [--quality Q] [--no-seek] [--split N] [--decoder NAME]
-                                                [--workers N] [--json]
+    fasttrain pack VIDEOS --root DIR --out FILE [--short-side PX] [--quality Q] [--no-seek] [--split N] [--workers N]
+                                                [--json]
     fasttrain pack --check FILE                  compares a packed file with its checksum
 
   DATASET       folder (an ImageFolder tree), tar (WebDataset shards), list (CSV or JSONL), voc, cifar10, cifar100,
@@ -16,16 +16,16 @@
   --raw         keep pixels instead of JPEGs: many times the space, no decoding
   --no-seek     leave out the index by which a crop costs its own share of a JPEG, not the whole (a few percent of the size)
   --split       of ucf101 and hmdb51: which of the three official splits the file is to have; 1 if not given
-  --decoder     of videos: what decodes them; auto if not given
   --workers     threads; all cores if not given
 
 Every image is decoded once. What is damaged or no image is left out and listed in FILE.bad.jsonl with the reason; PNG,
 CMYK, 16-bit and EXIF-turned images are encoded anew. Class names, splits and checksums lie in FILE.json. After a stop the
 same command goes on where it was. Then: fasttrain train RECIPE --data.name beton --data.root FILE
 
-Of videos all frames are kept, as JPEGs, one video's after the other: a clip then costs decoding its own frames only. A
-video that breaks anywhere is left out. The last line says how much space that takes and how alike (SSIM, 1: equal) 16
-packed frames and the originals are, both at a shorter side of 112 pixels.
+Of videos all frames are kept, as JPEGs, one video's after the other: a clip then costs decoding its own frames only. PyAV
+decodes them here, whatever data.decoder is elsewhere. A video that breaks anywhere is left out. The last line says how
+much space that takes, and how alike (SSIM, 1: equal) 16 packed frames and the originals are at a shorter side of 112
+pixels. Memory: each thread keeps the JPEGs of two videos.
 """
 
 import argparse
@@ -50,7 +50,6 @@ def main(given: list[str]) -> int:
     reader.add_argument("dataset", nargs="?")
     for name in ("--root", "--out", "--check"):
         reader.add_argument(name)
-    reader.add_argument("--decoder", default="auto")
     for name in ("--max-size", "--square", "--short-side"):
         reader.add_argument(name, type=int)
     for name, default in (("--quality", 90), ("--split", 1), ("--workers", 0)):
@@ -70,9 +69,9 @@ def main(given: list[str]) -> int:
     if asked.dataset is None or asked.out is None:
         raise ValueError(f"pack needs a data set ({', '.join(sorted(DATASETS))}) and --out FILE")
     try:
-        dataset = open_dataset(asked.dataset, asked.root, split=asked.split, decoder=asked.decoder)
+        dataset = open_dataset(asked.dataset, asked.root, split=asked.split)
     except ValueError as error:
-        raise ValueError(re.sub(r"\bdata\.(root|split|decoder)\b", r"--\1", str(error))) from None
+        raise ValueError(re.sub(r"\bdata\.(root|split)\b", r"--\1", str(error))) from None
     about = _with_progress(dataset, Path(asked.out), asked)
     print(json.dumps(about) if asked.json else _sentence(about, asked.out))
     return 0
@@ -102,7 +101,7 @@ def _with_progress(dataset: Dataset, out: Path, asked: argparse.Namespace) -> di
 
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
     with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(dataset), said="")
+        task = bar.add_task("", total=len(dataset), said="looking through the files" if dataset.video else "")
 
         def report(now: Progress) -> None:
             said = f"{now.bytes / 2**30:.2f} GiB" + (f", {now.bad} left out" if now.bad else "")

@@ -28,6 +28,7 @@ class ClipPlan:
             clip with a random beginning (training).
         crops: with ``clips``: 1 for what the plan of views takes, or 3 that are as large and lie at both ends of the longer
             side and in the middle.
+        only_centre: serve of each clip only the frame that the sources see, as a clip of one frame.
 
     Raises:
         ValueError: no frames, a stride below 1, crops other than 1 and 3, or three crops of a random clip.
@@ -37,6 +38,7 @@ class ClipPlan:
     stride: int = 1
     clips: int = 0
     crops: int = 1
+    only_centre: bool = False
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.stride < 1 or self.clips < 0:
@@ -57,12 +59,17 @@ class ClipPlan:
         return max(self.clips, 1) * self.crops
 
     @property
+    def served(self) -> int:
+        """Frames of a clip that a loader serves: T, or 1."""
+        return 1 if self.only_centre else self.frames
+
+    @property
     def centre(self) -> int:
-        """Which of the clip's frames the sources see (f_s): frame 8 of 16, as in the published code."""
-        return self.frames // 2
+        """Which of the frames served the sources see (f_s): frame 8 of 16, as in the published code."""
+        return self.served // 2
 
     def __call__(self, *, seed: int, number_B: np.ndarray, index_B: np.ndarray, count_B: np.ndarray) -> np.ndarray:
-        """The frames of clips: int64 [B, T], in frames of the video.
+        """The frames of clips: int64 [B, T] (or [B, 1]), in frames of the video.
 
         Args:
             seed: of the views.
@@ -78,6 +85,8 @@ class ClipPlan:
         else:
             first_B = number_B // self.crops * room_B // (self.clips - 1)
         frame_BT = first_B[:, None] + np.arange(self.frames) * self.stride
+        if self.only_centre:
+            frame_BT = frame_BT[:, self.frames // 2 :][:, :1]
         return frame_BT % count_B[:, None]
 
     def placed(self, view: View, height_B, width_B) -> View:

@@ -35,7 +35,7 @@ class SyntheticLoader(EpochLoader):
             return pixels.to(self.device).permute(0, 3, 1, 2)
 
         still = random(self.spec.still) if self.spec.still else None
-        index_B, frames = index_B // self.spec.shows, self.spec.clip.frames if self.spec.clip else 0
+        index_B, frames = index_B // self.spec.shows, self.spec.clip.served if self.spec.clip else 0
         pixels = random(size)
         if frames:
             # every frame another part of the same random numbers

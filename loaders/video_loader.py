@@ -77,7 +77,7 @@ class VideoLoader(EpochLoader):
         index_B, show_B = np.divmod(sample_B, spec.shows)
         number_B = show_B if clip.clips else spec.number(epoch, index_B)
         pinned = self.device.type == "cuda"
-        shape = (len(index_B), clip.frames, size, size, 3)
+        shape = (len(index_B), clip.served, size, size, 3)
         clip_BTSSC = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         still_BRRC = torch.empty(len(index_B), spec.still, spec.still, 3, dtype=torch.uint8, pin_memory=pinned)
         begun = _Begun(clip_BTSSC, still_BRRC, index_B.copy(), number_B.copy(), [])

@@ -193,6 +193,8 @@ class RecalledSources:
             OSError: the disk is full.
         """
         plain = replace(spec, shuffle=False, balance=False, growth=None, drop_last=False, batch=FILL_BATCH)
+        if spec.clip is not None:
+            plain = replace(plain, clip=replace(spec.clip, only_centre=True))
         total, done = self.views * len(self.index_N), 0
         with interrupts.held():
             for view in range(self.views):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from fasttrain import inference
+from fasttrain import caching, inference
 from fasttrain.build import build
 from fasttrain.compare import jobs_of
 from fasttrain.describe import describe
@@ -77,6 +77,11 @@ def test_recalled_soft_labels_of_clips_are_the_live_ones(small, tmp_path, still)
     cache = ("--transfer.cache", str(tmp_path / "cache"))
     assert curve(fit(small(*common, *cache, "--name", "met"))) == live
     assert curve(fit(small(*common, *cache, "--name", "again"))) == live
+    ahead = ("--transfer.cache", str(tmp_path / "ahead"))
+    recipe = small(*common, *ahead, "--name", "ahead")
+    caching.run(recipe, lambda text: None, lambda fill: None)
+    before = {p: p.read_bytes() for p in (tmp_path / "ahead").iterdir()}
+    assert curve(fit(recipe)) == live and {p: p.read_bytes() for p in before} == before
     with pytest.raises(ValueError, match="clip"):  # another stride: the centre frame is another one
         fit(small(*common, *cache, "--data.stride", "2", "--name", "other"))
 

@@ -25,6 +25,14 @@ def test_frames_are_the_videos_own_and_alone_decide(length, stride, clips, seed)
         assert (frames(plan, number_B[b : b + 1], b, count_B[b], seed)[0] == whole_BT[b]).all()
 
 
+def test_the_centre_frame_alone_is_that_of_the_clip():
+    number_B, count_B = np.arange(40), np.arange(1, 41)
+    for length in (1, 2, 5, 8):
+        whole, alone = ClipPlan(length, 2), ClipPlan(length, 2, only_centre=True)
+        centre_B = frames(whole, number_B, 3, count_B)[:, whole.centre]
+        assert (frames(alone, number_B, 3, count_B) == centre_B[:, None]).all() and alone.centre == 0
+
+
 def test_a_short_video_is_repeated():
     assert frames(ClipPlan(7), 3, 5, 3)[0].tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert frames(ClipPlan(4, 2), 3, 5, 3)[0].tolist() == [0, 2, 1, 0]
