@@ -37,7 +37,7 @@ class PackedClips(Clips):
         return ""
 
     def frames(self, index: int, frame_T: np.ndarray) -> np.ndarray:
-        count, height, width = self.shape_N3[index].tolist()
+        frame_T, (count, height, width) = np.asarray(frame_T, dtype=np.int64), self.shape_N3[index].tolist()
         wrong = frame_T[(frame_T < 0) | (frame_T >= count)]
         if len(wrong):
             raise ValueError(f"{self.name(index)} has no frame {wrong[0]}: it has {count}")

@@ -150,7 +150,7 @@ def test_a_mistake_ends_the_process_with_2(fasttrain, tmp_path):
 def test_help(capsys):
     assert main(["pack", "-h"]) == 0
     said = capsys.readouterr().out
-    assert all(option in said for option in ("--max-size", "--short-side", "--split", "--decoder"))
+    assert all(option in said for option in ("--max-size", "--short-side", "--split"))
 
 
 def test_a_packing_that_is_killed_goes_on(tmp_path, monkeypatch):
