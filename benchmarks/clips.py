@@ -64,7 +64,9 @@ def make(folder: Path, kind: str, count: int, *, photographs: list[Path] | None 
     if note.is_file() and json.loads(note.read_text()) == about:
         return folder
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else than {count} videos of kind {kind}: name a new folder, or remove it")
+        raise ValueError(
+            f"{folder} holds something else than {count} videos of kind {kind}: name a new folder, or remove it"
+        )
     photographs = photographs or fetch(CACHE.expanduser())
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -102,7 +104,9 @@ def _frames(k: Kind, number: int, photograph: Path, other: Path):
     """uint8 [H, W, 3], one after the other."""
     scene, piece = (_opened(p, 3 * k.height) for p in (photograph, other))
     t = np.arange(k.frames)
-    random_86 = np.stack([uniform(word) for word in draw(number, np.arange(6), np.arange(8)[:, None], 0)[:2]]).reshape(2, 8, 6)
+    random_86 = np.stack([uniform(word) for word in draw(number, np.arange(6), np.arange(8)[:, None], 0)[:2]]).reshape(
+        2, 8, 6
+    )
     period, phase = 40 + 200 * random_86[0], 2 * np.pi * random_86[1]
 
     def path(i: int, *, shake: float = 0.0) -> np.ndarray:

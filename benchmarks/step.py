@@ -155,7 +155,8 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         given, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ValueError(f"bench step: {error}") from None
-    if rest or min(given.size, given.source_size, given.batch, given.repeats) < 1 or given.images < given.batch or given.frames < 0:
+    least = min(given.size, given.source_size, given.batch, given.repeats, given.frames + 1)
+    if rest or least < 1 or given.images < given.batch:
         what = " ".join(rest) or "a number below 1, or fewer --images than --batch"
         raise ValueError(f"bench step: what is {what}? See `fasttrain bench step -h`")
     # a row's name may hold a comma
@@ -286,8 +287,7 @@ def _print(content: dict[str, Any]) -> None:
         table.add_column(heading, justify="right", width=max(map(len, heading.split())))
     for row in content["rows"]:
         figures = [
-            f"{f:.1f}" if f < 1000 else f"{f:.0f}"
-            for f in (row[unit], min(row["repeats"]), max(row["repeats"]))
+            f"{f:.1f}" if f < 1000 else f"{f:.0f}" for f in (row[unit], min(row["repeats"]), max(row["repeats"]))
         ]
         ratios = [f"{row['relative_to'][r]:.2f}" if r in row["relative_to"] else "" for r in REFERENCES]
         known = row["gflops"] > 0

@@ -243,7 +243,9 @@ def _timed(one: Set, given: argparse.Namespace, not_run: dict[str, str]) -> list
         for name in [*list(opened)[first:], *list(opened)[:first]]:
             # fast rows take as long a turn as it needs to be timed well
             rounds = max(1, round(1.0 / max(_last(speeds[name], counts[name]), 1e-3)))
-            speeds[name].append(counts[name] * rounds / sum(_seconds(opened[name], counts[name]) for _ in range(rounds)))
+            speeds[name].append(
+                counts[name] * rounds / sum(_seconds(opened[name], counts[name]) for _ in range(rounds))
+            )
     for row in opened.values():
         row.close()
     medians = {name: median(found) for name, found in speeds.items()}

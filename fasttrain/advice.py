@@ -30,7 +30,9 @@ def _for_data(recipe: Recipe, loader: str) -> str:
     smaller = "`fasttrain pack --max-size`, a little above data.size"
     if loader == "video":
         smaller = "`fasttrain pack --short-side`, a little above data.size"
-        return f"try {smaller if recipe.data.name == 'beton' else '`fasttrain pack` and --data.name beton'}, or {workers}"
+        return (
+            f"try {smaller if recipe.data.name == 'beton' else '`fasttrain pack` and --data.name beton'}, or {workers}"
+        )
     if loader == "torch":
         return "try `fasttrain pack` and --data.name beton, which loads several times as fast"
     if loader == "ffcv":

@@ -42,8 +42,8 @@ def evaluate_run(name: str, split: str, overrides: list[str]) -> dict[str, Any]:
 def export(name: str, out: str) -> str:
     """Writes the trained target alone, without auxiliary heads, as a ``torch.export`` program.
 
-    It takes float32 pixels [B, 3, S, S] (clips: [B, 3, T, S, S]) of 0 to 255, any B, and gives the task's logits [B, K]; the normalisation is
-    inside. Load it with ``torch.export.load(FILE).module()``.
+    It takes float32 pixels [B, 3, S, S] (clips: [B, 3, T, S, S]) of 0 to 255, any B, and gives the task's logits [B, K]; the
+    normalisation is inside. Load it with ``torch.export.load(FILE).module()``.
 
     Returns:
         A sentence on what was written.

@@ -17,6 +17,7 @@ from .ffcv_loader import FfcvLoader
 from .resident import ResidentLoader
 from .synthetic import SyntheticLoader
 from .torch_loader import TorchLoader
+from .video_loader import VideoLoader
 from .views import ViewPlan, evaluation
 
 
@@ -31,7 +32,7 @@ LOADERS: dict[str, Callable[..., EpochLoader]] = {
     "ffcv": lambda spec, device, workers, **options: FfcvLoader(spec, device, workers),
     "dali": _dali,
     "torch": lambda spec, device, workers, **options: TorchLoader(spec, device, workers),
-    "video": lambda spec, device, workers, **options: __import__("fasttrain.loaders.video_loader").loaders.video_loader.VideoLoader(spec, device, workers),
+    "video": lambda spec, device, workers, **options: VideoLoader(spec, device, workers),
     "synthetic": lambda spec, device, workers, **options: SyntheticLoader(spec, device),
 }
 
@@ -48,6 +49,7 @@ __all__ = [
     "ResidentLoader",
     "SyntheticLoader",
     "TorchLoader",
+    "VideoLoader",
     "ViewPlan",
     "choose_loader",
     "evaluation",

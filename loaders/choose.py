@@ -9,14 +9,15 @@ from .base import LoaderSpec
 from .datasets.base import Encoded
 from .datasets.beton import Packed
 from .show import load_libjpeg
+from .video import PackedClips
 
 
 def choose_loader(spec: LoaderSpec, device: torch.device | str = "cpu") -> tuple[str, str]:
-    """(loader, why): video for clips; resident where the decoded split fits into a quarter of the memory; else ffcv for a packed file on
-    the CPU's decoder, dali where a GPU shall decode and FFCV is not here; else torch."""
+    """(loader, why): video for clips; resident where the decoded split fits into a quarter of the memory; else ffcv for a
+    packed file on the CPU's decoder, dali where a GPU shall decode and FFCV is not here; else torch."""
     device = torch.device(device)
     if spec.clip is not None:
-        hint = "" if hasattr(spec.dataset.read, "packed") else "; `fasttrain pack` makes a file that loads faster"
+        hint = "" if isinstance(spec.dataset.read, PackedClips) else "; `fasttrain pack` makes a file that loads faster"
         return "video", f"clips{hint}"
     fits, sizes = _fits(spec, device)
     if fits:

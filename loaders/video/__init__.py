@@ -1,5 +1,6 @@
 """Videos: frames by number from files, whatever decodes them, or from a packed file."""
 
 from .base import Clips
+from .packed import PackedClips
 
-__all__ = ["Clips"]
+__all__ = ["Clips", "PackedClips"]

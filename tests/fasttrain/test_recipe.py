@@ -66,7 +66,10 @@ def test_rows_change_fields():
         (["stray"], "what is 'stray'? Fields are set as --field value"),
         (["--optim.lr", "fast"], "optim.lr: expected float, got fast"),
         (["--data.batch", "1.5"], "data.batch: expected int, got 1.5"),
-        (["--data.crop", "middle"], "data.crop: expected one of ['pad', 'random_resized', 'corner', 'centre'], got middle"),
+        (
+            ["--data.crop", "middle"],
+            "data.crop: expected one of ['pad', 'random_resized', 'corner', 'centre'], got middle",
+        ),
         (["--data.batch", "0"], "data.batch: 0 is not above 0"),
         (["--transfer.temperature", "-1"], "transfer.temperature: -1.0 is not above 0"),
         (["--data.views", "-2"], "data.views: -2 is below 0"),

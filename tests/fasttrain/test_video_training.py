@@ -14,7 +14,7 @@ from fasttrain.describe import describe
 from fasttrain.log import read_lines
 from fasttrain.recipe import from_dict, load, to_yaml
 from fasttrain.tasks import SingleLabel
-from fasttrain.trainer import Trainer, evaluate
+from fasttrain.trainer import evaluate
 
 from .test_trainer import Stopped, curve, fit
 
@@ -37,7 +37,18 @@ def motion(tmp_path):
 @pytest.fixture
 def small(motion):
     """A step of milliseconds, with a source."""
-    less = ("--data.labelled", "48", "--data.batch", "8", "--data.frames", "4", "--data.size", "12", "--target.width", "0.0625")
+    less = (
+        "--data.labelled",
+        "48",
+        "--data.batch",
+        "8",
+        "--data.frames",
+        "4",
+        "--data.size",
+        "12",
+        "--target.width",
+        "0.0625",
+    )
     more = ("--run.log_every", "1", "--optim.epochs", "2", "--method.name", "sskt", "--run.eval_every", "1")
     return lambda *overrides: motion(*less, *more, *overrides, sources=(SOURCE,))
 
@@ -148,7 +159,12 @@ def test_what_does_not_fit_together_is_refused(motion, smoke):
     for message, recipe in wrong.items():
         with pytest.raises(ValueError, match=message):
             build(recipe)
-    for name, value in {"data.frames": "-3", "data.stride": "0", "data.clips": "0", "transfer.every_view": "true"}.items():
+    for name, value in {
+        "data.frames": "-3",
+        "data.stride": "0",
+        "data.clips": "0",
+        "transfer.every_view": "true",
+    }.items():
         with pytest.raises(ValueError, match=name):
             motion(f"--{name}", value)
 
