@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fasttrain.loaders.philox import draw, uniform
@@ -91,7 +92,7 @@ def _film(path: Path, kind: str, number: int, photograph: Path, other: Path) -> 
 
     k = KINDS[kind]
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(k.encoder, rate=Fraction(k.rate), options=k.options)
+        stream: Any = container.add_stream(k.encoder, rate=Fraction(k.rate), options=k.options)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = k.width, k.height, "yuv420p", k.bits
         if k.encoder == "mpeg4":
             stream.codec_context.codec_tag = "XVID"

@@ -111,7 +111,8 @@ def _clip(recipe: Recipe) -> list[str]:
     pictures = [(f"frame {t}", batch.pixels[0, :, t]) for t in shown_T.tolist()]
     if recipe.chosen_sources():
         side = f"{still} px" if still else "enlarged"
-        pictures.append((f"f_s: frame {recipe.data.frames // 2}, {side}", (batch.still if still else batch.images)[0]))
+        shown = batch.images if batch.still is None else batch.still
+        pictures.append((f"f_s: frame {recipe.data.frames // 2}, {side}", shown[0]))
     figure = Figure(figsize=(11, 1.7), dpi=110, layout="constrained")
     for axis, (title, pixel_CHW) in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
         axis.imshow(pixel_CHW.permute(1, 2, 0).numpy())

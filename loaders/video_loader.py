@@ -43,9 +43,13 @@ class VideoLoader(EpochLoader):
     def __init__(self, spec: LoaderSpec, device: torch.device | str = "cpu", workers: int = 0) -> None:
         super().__init__(spec, device)
         if spec.clip is None or not isinstance(spec.dataset.read, Clips):
-            raise ValueError(f"data.loader: video serves clips (data.frames) of videos, and {spec.dataset.name} has none")
+            raise ValueError(
+                f"data.loader: video serves clips (data.frames) of videos, and {spec.dataset.name} has none"
+            )
         if spec.stored:
-            raise ValueError("data.stored: clips are cut from videos as they are stored; `fasttrain pack` makes them smaller")
+            raise ValueError(
+                "data.stored: clips are cut from videos as they are stored; `fasttrain pack` makes them smaller"
+            )
         self.read, self.clip = spec.dataset.read, spec.clip
         if isinstance(self.read, PackedClips):
             load_libjpeg()
@@ -130,9 +134,8 @@ class VideoLoader(EpochLoader):
         if isinstance(read, PackedClips):
             file, frame_T = read.packed.file, frame_1T[0] + read.first_V[index]
             ptr_T, size_T, jpeg_T = file.ptr_N[frame_T], file.size_N[frame_T], ~read.packed.raw_N[frame_T]
-            damaged = show_clip(
-                read.packed.data, ptr_T, size_T, jpeg_T, height, width, box_4, flip_x, flip_y, clip_TSSC, clip.centre, still_RRC
-            )
+            what = (ptr_T, size_T, jpeg_T, height, width, box_4, flip_x, flip_y)
+            damaged = show_clip(read.packed.data, *what, clip_TSSC, clip.centre, still_RRC)
             if damaged >= 0:
                 raise ValueError(f"cannot read the video {read.name(index)}: frame {frame_1T[0, damaged]} is damaged")
             return
@@ -146,7 +149,9 @@ class VideoLoader(EpochLoader):
 
     def describe(self) -> str:
         clip, how = self.clip, "a packed file" if isinstance(self.read, PackedClips) else self.read.describe()
-        return f"clips of {clip.frames} frames, stride {clip.stride}, from {how}; {self.workers} threads, to {self.device}"
+        return (
+            f"clips of {clip.frames} frames, stride {clip.stride}, from {how}; {self.workers} threads, to {self.device}"
+        )
 
 
 @dataclass
