@@ -1,10 +1,11 @@
 """Suite ``transfer``: the transfer modules of all sources, forward and backward, run one by one and together.
 
     fasttrain bench transfer [--target resnet20] [--size 96] [--batch N] [--classes 1000,365] [--rounds 7] [--no-compile]
-                             [--json FILE]
+                             [--frames 16] [--json FILE]
 
   --target      the backbone whose taps are read; it does not run itself
   --size        side in pixels of the images that it would see
+  --frames      of the clips that a 3D target would see; 16 if not given
   --batch       images a step; 128 on a GPU and 16 on a CPU if not given
   --classes     of the sources, one transfer module for each
   --no-compile  leave out the rows under torch.compile, which take a while to compile
@@ -50,11 +51,16 @@ def run(arguments: list[str]) -> dict[str, Any]:
     given, device = _parsed(arguments), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         backbone = build_backbone(given.target)
-        shapes = [t.shape[1:] for t in backbone(torch.empty(2, 3, given.size, given.size))]
+        time = [given.frames] if backbone.dims == 3 else []
+        shapes = [t.shape[1:] for t in backbone(torch.empty(2, 3, *time, given.size, given.size))]
     modules = nn.ModuleList(
-        [TransferModule(backbone.tap_channels, backbone.transfer_width, classes) for classes in given.classes]
+        [
+            TransferModule(backbone.tap_channels, backbone.transfer_width, classes, dims=backbone.dims)
+            for classes in given.classes
+        ]
     )
-    modules.to(device).to(memory_format=torch.channels_last)
+    last = torch.channels_last_3d if backbone.dims == 3 else torch.channels_last
+    modules.to(device).to(memory_format=last)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = given.batch * sum(shape.numel() for shape in shapes) * dtype.itemsize
     sets = max(2, min(16, -(-2 * cache_bytes(device) // size)))
@@ -91,12 +97,13 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128 if torch.cuda.is_available() else 16)
     parser.add_argument("--classes", type=lambda text: [int(part) for part in text.split(",")], default=[1000, 365])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     try:
         given, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ValueError(f"bench transfer: {error}") from None
-    if rest or min(given.size, given.batch - 1, *given.classes, given.rounds) < 1:
+    if rest or min(given.size, given.frames, given.batch - 1, *given.classes, given.rounds) < 1:
         raise ValueError(
             f"bench transfer: {' '.join(rest) or 'numbers must be above 0, the batch above 1'}; "
             "see `fasttrain bench transfer -h`"
@@ -106,8 +113,8 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
 
 def _tap(batch: int, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
     """As a backbone gives them: after a ReLU, channels_last."""
-    tap_BCHW = torch.randn(batch, *shape, device=device).relu_().to(dtype, memory_format=torch.channels_last)
-    return tap_BCHW.requires_grad_()
+    last = torch.channels_last if len(shape) == 3 else torch.channels_last_3d
+    return torch.randn(batch, *shape, device=device).relu_().to(dtype, memory_format=last).requires_grad_()
 
 
 def _forward(modules: nn.ModuleList, how: dict[str, Any], dtype: torch.dtype, taps: list[Tensor]) -> Tensor:

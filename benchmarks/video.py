@@ -14,8 +14,8 @@ Rows of a decoder and ``packed`` are our video loader: clips of --frames frames 
 to --size pixels, mirrored at random, in batches. They serve the same clips. ``packed`` reads what `fasttrain pack` makes of the
 files (--short-side, --quality). ``bare decord``: the frames of the same clips in as many threads, as a script with decord would
 read them, nothing cut. ``bare decode``: the same as ``packed`` without batches, threads or order around it but for the
-threads themselves. Rows take turns, --repeats times; figures are medians. SSIM is between the packed file's clips and those of
-the files themselves (PyAV), at --size pixels: of evaluation views (the centre square) and of the training views.
+threads themselves. Rows take turns, --repeats times; figures are medians. SSIM is between frames of the packed file and those of
+the files themselves (PyAV), each as a whole brought to --size x --size pixels: in colour, and of the luminance alone.
 """
 
 import argparse
@@ -26,15 +26,17 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from fasttrain.loaders import ClipPlan, Dataset, LoaderSpec, ViewPlan, evaluation, open_dataset, open_loader
-from fasttrain.loaders.pack_video import pack_videos
+from fasttrain.loaders import ClipPlan, Dataset, LoaderSpec, ViewPlan, open_dataset, open_loader
+from fasttrain.loaders.pack_video import pack_videos, ssim
+from fasttrain.loaders.video.decoders import why_pyav
+from fasttrain.loaders.video.files import VideoFiles
 from fasttrain.loaders.video_loader import VideoLoader
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -138,7 +140,8 @@ def _packed(files: dict[str, tuple[str, Path]], *, short_side: int, quality: int
 def _spec(dataset: Dataset, given: argparse.Namespace, **changes: Any) -> LoaderSpec:
     """What every row loads."""
     made: dict[str, Any] = {"plan": ViewPlan("corner"), "size": given.size, "stored": 0, "batch": given.batch}
-    return LoaderSpec(dataset, np.arange(len(dataset)), **made | {"clip": ClipPlan(given.frames)} | changes)
+    made |= {"index_N": np.arange(len(dataset)), "clip": ClipPlan(given.frames)}
+    return LoaderSpec(dataset, **made | changes)
 
 
 class _Loaded:
@@ -218,9 +221,10 @@ def _opened(name: str, one: Set, given: argparse.Namespace) -> Any:
 
         return _BareDecord(one.dataset("decord"), given)
     dataset = one.dataset(name)
-    others = dataset.read.fallbacks()  # type: ignore[attr-defined]
-    if len(others) == len(dataset):
-        raise ValueError(f"{name} leaves all of them to PyAV: {next(iter(others.values()))}")
+    read = dataset.read
+    left = [why_pyav(name, scan) for scan in read.scans] if isinstance(read, VideoFiles) else []
+    if left and all(left):
+        raise ValueError(f"{name} would leave all of them to PyAV: {left[0]}")
     return _Loaded(dataset, given)
 
 
@@ -275,38 +279,34 @@ def _seconds(row: Any, count: int) -> float:
 
 def _about(one: Set, given: argparse.Namespace) -> dict[str, Any]:
     """Sizes of the files and of what was packed, and how alike their pictures are."""
-    read, packed = one.dataset("pyav").read, one.packed.read
+    read = one.dataset("pyav").read
     frames = int(read.shape_N3[:, 0].sum())  # type: ignore[attr-defined]
     count = len(one.packed)
     out: dict[str, Any] = {"name": one.name, "videos": count, "frames": frames}
     out["bytes_per_frame"] = read.total_bytes(count) / frames  # type: ignore[attr-defined]
     out["packed_bytes_per_frame"] = Path(one.packed.source).stat().st_size / frames
-    assert packed is not None
-    for name, changes in (
-        ("evaluation", {"plan": evaluation(), "clip": ClipPlan(given.frames, 1, 1)}),
-        ("training", {"plan": ViewPlan("corner")}),
-    ):
-        values = _ssim(one, given, changes)
-        out[f"ssim_{name}"] = {"mean": float(values.mean()), "least": float(values.min())}
+    colour, luminance = _ssim(one, given)
+    for name, value_F in (("ssim_colour", colour), ("ssim_luminance", luminance)):
+        out[name] = {"mean": float(value_F.mean()), "least": float(value_F.min())}
     return out
 
 
-def _ssim(one: Set, given: argparse.Namespace, changes: dict[str, Any]) -> torch.Tensor:
-    """Of every fourth frame of 16 clips: [frames]."""
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
-    found = []
-    theirs, ours = (
-        replace(_spec(d, given, **changes), shuffle=False, batch=16, index_N=np.arange(min(16, len(d))))
-        for d in (one.dataset("pyav"), one.packed)
-    )
-    with_files, with_packed = (open_loader("video", s, workers=given.workers) for s in (theirs, ours))
-    for a, b in zip(with_files, with_packed, strict=True):
-        for t in range(0, given.frames, 4):
-            found.append(ssim(a.pixels[:, :, t].float(), b.pixels[:, :, t].float(), data_range=255.0, reduction="none"))
-    with_files.close()
-    with_packed.close()
-    return torch.cat([torch.as_tensor(f) for f in found])
+def _ssim(one: Set, given: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of eight frames of each of 16 videos, in colour and in luminance: [frames] each."""
+    whole = {"plan": ViewPlan("pad", pad=0, flip="none"), "clip": ClipPlan(8, 5, 1), "shuffle": False, "batch": 1}
+    weight = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    colour, luminance = [], []
+    specs = [
+        _spec(d, given, **whole | {"index_N": np.arange(min(16, len(d)))}) for d in (one.dataset("pyav"), one.packed)
+    ]
+    loaders = [open_loader("video", s, workers=given.workers) for s in specs]
+    for batches in zip(*loaders, strict=True):
+        theirs, ours = (batch.pixels[0].transpose(0, 1).float() for batch in batches)
+        colour.append(ssim(theirs, ours))
+        luminance.append(ssim(*((p * weight).sum(1, keepdim=True) for p in (theirs, ours))))
+    for loader in loaders:
+        loader.close()
+    return torch.cat(colour), torch.cat(luminance)
 
 
 def _print(one: Set, given: argparse.Namespace, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
@@ -323,7 +323,7 @@ def _print(one: Set, given: argparse.Namespace, rows: list[dict[str, Any]], abou
     console = Console()
     console.print(table)
     said = [f"{about['bytes_per_frame']:.0f} bytes a frame, packed {about['packed_bytes_per_frame']:.0f}"]
-    for view in ("evaluation", "training"):
-        found = about[f"ssim_{view}"]
-        said.append(f"SSIM of {view} views {found['mean']:.4f} (least {found['least']:.4f})")
+    for of in ("colour", "luminance"):
+        found = about[f"ssim_{of}"]
+        said.append(f"SSIM in {of} {found['mean']:.4f} (least {found['least']:.4f})")
     console.print("; ".join(said), highlight=False, soft_wrap=True)

@@ -138,6 +138,7 @@ def build(recipe: Recipe) -> Parts:
     torch.manual_seed(recipe.run.seed)
     target = build_target(recipe, task.head_size, {n.spec.name: n.spec.classes for n in networks})
     _same_dims(recipe, target)
+    log += [f"target: {recipe.target.model} from {target.origin}"] if recipe.target.weights else []
     if recipe.run.channels_last:
         target.channels_last()
     method, kernels = build_method(recipe, task, device)

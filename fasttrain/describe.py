@@ -45,7 +45,7 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
                 recipe, len(spec.index_N), choose_source_dtype(recipe.transfer.precision, dtype, device)
             )
     with torch.device("meta"):
-        target = build_target(recipe, classes, sources)
+        target = build_target(recipe, classes, sources, weights=False)
         target.together = None  # merged weights would be counted as activations, and grouped gradients M times
     every = sum(p.numel() for p in target.parameters())
     alone = every - sum(p.numel() for p in target.aux_heads.parameters())

@@ -90,8 +90,8 @@ def _open(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _alone(recipe: Recipe) -> Recipe:
-    """The recipe without its sources: evaluation needs none."""
-    recipe.sources, recipe.transfer, recipe.method.name = [], Transfer(), "scratch"
+    """The recipe without its sources and what the backbone started from: evaluation needs none of it."""
+    recipe.sources, recipe.transfer, recipe.method.name, recipe.target.weights = [], Transfer(), "scratch", None
     return recipe
 
 

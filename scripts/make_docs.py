@@ -123,6 +123,27 @@ def step_table() -> str:
     return "\n".join([*lines, "", _made_on(content, path, f"medians of {len(content['rows'][0]['repeats'])} turns")])
 
 
+def video_table() -> str:
+    """The newest CPU result of ``bench video``."""
+    path = max((ROOT / "benchmarks/results").glob("*-video-cpu.json"))
+    content = json.loads(path.read_text())
+    references = ("best plain", "bare decord", "bare decode")
+    lines = [f"| clips/s | | {' | '.join(f'x {r}' for r in references)} |", "| --- " * 5 + "|"]
+    for row in content["rows"]:
+        ratios = [f"{row['relative_to'][r]:.2f}" if r in row["relative_to"] else "" for r in references]
+        lines.append(f"| {row['name']} | {row['clips_per_s']:.0f} | {' | '.join(ratios)} |")
+    lines += ["", "| | bytes a frame | packed | SSIM in colour | SSIM in luminance |", "| --- " * 5 + "|"]
+    for one in content["sets"]:
+        alike = [f"{one[k]['mean']:.3f} (least {one[k]['least']:.3f})" for k in ("ssim_colour", "ssim_luminance")]
+        size = f"{one['bytes_per_frame']:.0f} | {one['packed_bytes_per_frame']:.0f}"
+        lines.append(f"| {one['name']} | {size} | {' | '.join(alike)} |")
+    lines += ["", *(f"Not run: {name}: {why}." for name, why in content["not_run"].items())]
+    how = f"`fasttrain bench video`: {content['frames']} frames at {content['size']} px, {content['workers']} threads; "
+    return "\n".join(
+        [*lines, "", how + _made_on(content, path, f"medians of {len(content['rows'][0]['repeats'])} turns")]
+    )
+
+
 def agreement_table() -> str:
     """The newest CPU results of ``bench sources --photographs``, one for each precision."""
     lines = ["| EfficientNet-Lite0 against float32 | same first class | KL divergence |", "| --- " * 3 + "|"]
@@ -171,6 +192,7 @@ def main() -> int:
         "README.md": marked("README.md", "demo", demo_table()),
         "docs/data.md": marked("docs/data.md", "loaders", loader_table()),
         "docs/sources.md": sources_page(),
+        "docs/video.md": marked("docs/video.md", "video", video_table()),
         "docs/kernels.md": marked("docs/kernels.md", "kernels", kernel_table()),
     }
     stale = [name for name, text in wanted.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]
