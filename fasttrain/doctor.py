@@ -15,6 +15,8 @@ OPTIONAL = {
     "ffcv": ("ffcv", "loader of packed images on the CPU; make test builds it, or pip install 'fasttrain[ffcv]'"),
     "dali": ("nvidia.dali", "image loader on the GPU (and on the CPU)"),
     "decord": ("decord", "video decoder; package decord2"),
+    "torchcodec": ("torchcodec.decoders", "video decoder; pip install 'fasttrain[video]', and apt-get install ffmpeg"),
+    "av": ("av", "video decoder that reads what the others do not, and looks through files"),
     "triton": ("triton", "fused kernels"),
     "apex": ("apex.optimizers", "FusedSGD; from NVIDIA's source only, PyPI's apex is something else"),
     "elpv": ("elpv_dataset", "the demo's photographs; make demo installs them"),

@@ -90,3 +90,14 @@ def fasttrain(tmp_path):
 def repository() -> Path:
     """The source tree."""
     return Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> Path:
+    """The folder of clips from UCF101, HMDB51 and Kinetics; fetched where it is not there, with FASTTRAIN_REQUIRE a must."""
+    from .loaders.videos import fetch_real_clips
+
+    folder, said = fetch_real_clips()
+    if folder is None:
+        (pytest.fail if REQUIRED else pytest.skip)(f"scripts/clips.sh: {said}")
+    return folder
