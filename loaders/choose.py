@@ -37,12 +37,19 @@ def choose_loader(spec: LoaderSpec, device: torch.device | str = "cpu") -> tuple
 
 
 def import_part(module: str) -> None:
-    """Imports an optional part. FFCV sets PyTorch's threads to 1 for the whole process; they are set back."""
+    """Imports an optional part. FFCV sets PyTorch's threads to 1 for the whole process; they are set back. torchcodec loads
+    FFmpeg's libraries only when it is used; here it is."""
     threads = torch.get_num_threads()
     try:
-        importlib.import_module(module)
+        part = importlib.import_module(module)
     finally:
         torch.set_num_threads(threads)
+    if module == "torchcodec.decoders":
+        try:
+            part.VideoDecoder(b"no video")
+        except Exception as error:
+            if "libtorchcodec" in str(error):
+                raise ImportError("FFmpeg's libraries are not here, or PyTorch is of another version") from None
 
 
 def missing_part(module: str) -> str:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fasttrain.loaders.video import VideoFiles, decoder_cache
+from fasttrain.loaders.video import decoder_cache
 from fasttrain.loaders.video import scan as scanning
 from fasttrain.loaders.video.decoders import LARGEST_MEAN, choose_decoder, why_pyav
+from fasttrain.loaders.video.files import VideoFiles
 from fasttrain.loaders.video.scan import scan
 
 from . import videos

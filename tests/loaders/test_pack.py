@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fasttrain.loaders import Dataset, open_dataset
-from fasttrain.loaders import growing
+from fasttrain.loaders import Dataset, growing, open_dataset
 from fasttrain.loaders import pack as pack_module
 from fasttrain.loaders.beton import ALLOCATION, FIELD, HEADER, JPEG, RAW, BetonWriter, new_images, read_beton, records
 from fasttrain.loaders.crop import centre_square
