@@ -103,7 +103,7 @@ def tabulate(recipe: Recipe, jobs: list[Job], summaries: list[dict[str, Any]], s
                 "val_mean": mean(s["val"][metric] for _, s in mine),
             }
         )
-    out = {"name": recipe.name, "metric": metric, "side_by_side": side_by_side, "rows": rows}
+    out = {"name": recipe.name, "metric": metric, "unit": recipe.unit(), "side_by_side": side_by_side, "rows": rows}
     return out | {"environment": summaries[0]["environment"]}
 
 

@@ -46,6 +46,7 @@ def examine() -> dict[str, Any]:
             "device": f"{device} ({', '.join(gpus) if gpus else 'no CUDA device here'})",
             "precision": f"{str(dtype).removeprefix('torch.')} ({why})",
             "loader": _loaders(device.type),
+            "videos": _videos(),
             "soft-target losses": f"{kernel} ({kernel_why})",
             "live sources": _sources(device, dtype),
             "compiled step": "{} ({})".format(*choose_compile("auto", device)),
@@ -76,6 +77,17 @@ def _loaders(device: str) -> str:
         parts.append(f"packed files: {instead} (no ffcv: {ffcv})")
     files = "dali" if device == "cuda" and not dali else "torch (DataLoader)"
     return "; ".join([*parts, f"other files: {files}" + (f" (no dali: {dali})" if dali else "")])
+
+
+def _videos() -> str:
+    """What ``data.decoder: auto`` takes here."""
+    if missing_part("av"):
+        return "packed files only (no av)"
+    from .loaders.video.decoders import choose_decoder
+
+    return (
+        f"packed files: our own decoder; other files: {choose_decoder('auto')[1]}, and pyav where that would be wrong"
+    )
 
 
 def to_text(content: dict[str, Any]) -> str:

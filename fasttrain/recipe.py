@@ -295,6 +295,10 @@ class Recipe:
     rows: dict[str, dict] = field(default_factory=dict)
     """Rows of a comparison: name -> fields that differ from this recipe. Each is trained with every seed."""
 
+    def unit(self) -> str:
+        """What is learned from: ``images`` or ``clips``."""
+        return "clips" if self.data.frames else "images"
+
     def chosen_sources(self) -> list[Source]:
         """The sources in use, in the order that ``transfer.sources`` names them; none for ``scratch``."""
         by_name = {s.name: s for s in self.sources}

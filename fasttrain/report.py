@@ -70,17 +70,19 @@ def _runs(table: dict[str, Any]) -> str:
 
 
 def _table(table: dict[str, Any]) -> str:
-    names = list(table["rows"][0]["test"])
+    names = list(dict.fromkeys(name for row in table["rows"] for name in row["test"]))
     names.sort(key=lambda k: (k != table["metric"], k == "loss"))
     head = "".join(f"<th>{_e(n.replace('_', ' '))}{'' if n == 'loss' else ' %'}" for n in names)
     rows = []
     for row in table["rows"]:
-        cells = "".join(f"<td>{_figure(row['test'][n])}" for n in names)
+        cells = "".join(f"<td>{_figure(row['test'].get(n))}" for n in names)
         rows.append(f"<tr><td>{_e(row['name'])}{cells}<td>{row['images_per_s']:.0f}<td>{row['seeds']}")
-    return f"<table><tr><th>{head}<th>images/s<th>seeds{''.join(rows)}</table>"
+    return f"<table><tr><th>{head}<th>{table['unit']}/s<th>seeds{''.join(rows)}</table>"
 
 
-def _figure(value: dict[str, Any]) -> str:
+def _figure(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return ""
     return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
 
 

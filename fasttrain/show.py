@@ -21,7 +21,7 @@ class Watch:
     """
 
     def __init__(self, recipe: Recipe, console: Console, runs: int) -> None:
-        self.console, self.epochs, self.runs = console, recipe.optim.epochs, runs
+        self.console, self.epochs, self.runs, self.unit = console, recipe.optim.epochs, runs, recipe.unit()
         self.start, self.done = time.monotonic(), 0
         self.bars = Progress(
             TextColumn("{task.description}"),
@@ -63,7 +63,7 @@ class Watch:
         first_time, first_step = self.began.setdefault(label, (now, step))
         left = (now - first_time) / (step - first_step) * (line["steps"] - step) if step > first_step else None
         waits = f"waits {line.get('data_share', 0):.0f} % for data, {line.get('sources_share', 0):.0f} % for sources"
-        text = f"{line['images_per_s']:.0f} images/s, loss {line['loss']:.3f}, {waits}"
+        text = f"{line['images_per_s']:.0f} {self.unit}/s, loss {line['loss']:.3f}, {waits}"
         text += f", {self.val[label]}" if label in self.val else ""
         text += f", {_time(left)} left" if left is not None else ""
         advice = line.get("advice", "")
@@ -88,7 +88,7 @@ class Watch:
         metric, test = line["metric"], line["test"]
         self._print(
             f"{label}: {metric.replace('_', ' ')} {test[metric]:.2f} % on the test split (epoch {line['selected_epoch']}),"
-            f" {line['images_per_s']:.0f} images/s"
+            f" {line['images_per_s']:.0f} {self.unit}/s"
             + (f"; {self.done} of {self.runs} runs done{rest}" if self.runs > 1 else "")
         )
 
@@ -141,11 +141,14 @@ def table(content: dict[str, Any]) -> Table:
     out = Table(
         title=f"{content['name']}: test split, mean ± standard deviation of {seeds} seed{'s' * (seeds > 1)}{runs}"
     )
-    others = [k for k in content["rows"][0]["test"] if k not in (content["metric"], "loss")]
-    for name in ("", metric + " %", *(f"{o.replace('_', ' ')} %" for o in others), "images/s"):
+    found = dict.fromkeys(
+        k for row in content["rows"] for k in row["test"]
+    )  # rows of clips have more than those of images
+    others = [k for k in found if k not in (content["metric"], "loss")]
+    for name in ("", metric + " %", *(f"{o.replace('_', ' ')} %" for o in others), f"{content['unit']}/s"):
         out.add_column(name, justify="left" if not name else "right")
     for row in content["rows"]:
-        cells = [plus_minus(row["test"][k]) for k in (content["metric"], *others)]
+        cells = [plus_minus(row["test"][k]) if k in row["test"] else "" for k in (content["metric"], *others)]
         out.add_row(row["name"], *cells, f"{row['images_per_s']:.0f}")
     return out
 

@@ -9,7 +9,7 @@ from .base import LoaderSpec
 from .datasets.base import Encoded
 from .datasets.beton import Packed
 from .show import load_libjpeg
-from .video import PackedClips
+from .video import Clips, PackedClips
 
 
 def choose_loader(spec: LoaderSpec, device: torch.device | str = "cpu") -> tuple[str, str]:
@@ -79,6 +79,11 @@ def _fits(spec: LoaderSpec, device: torch.device) -> tuple[bool, str]:
         ((height, width),) = sides
     elif spec.stored:
         height = width = spec.stored
+    elif isinstance(read, Clips):
+        sides = set(map(tuple, read.shape_N3[spec.index_N, 1:].tolist()))
+        if len(sides) > 1:
+            return False, "videos of several sizes, or some that cannot be read"
+        ((height, width),) = sides
     elif spec.dataset.name in ("folder", "list", "tar", "voc"):
         return False, "files of any size are not resident unless data.stored gives them one"
     else:

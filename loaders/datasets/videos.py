@@ -1,5 +1,7 @@
 """Videos named in a list; and what sets of videos share that come as class folders with official split files."""
 
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,8 @@ from .base import Dataset, split_off_groups
 from .labels import read_text
 from .listed import read_list
 from .paths import Tree
+
+_EVERY_SECONDS = 5.0
 
 
 def videos(root: Path, *, val_share: float, decoder: str = "auto", verify: bool = True) -> Dataset:
@@ -25,10 +29,21 @@ def videos(root: Path, *, val_share: float, decoder: str = "auto", verify: bool 
 
 
 def video_files(paths: list[Path], decoder: str) -> Clips:
-    """``read`` of videos in files, none of which is opened yet; raises ``ValueError`` for an unknown decoder."""
+    """``read`` of videos in files, none of which is opened yet; raises ``ValueError`` for an unknown decoder.
+
+    When they are looked through, stderr hears how far that is, every few seconds.
+    """
     from ..video.files import VideoFiles  # when it is asked for: images are loaded without PyAV
 
-    return VideoFiles(paths, decoder)
+    said = time.monotonic()
+
+    def report(done: int, count: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > _EVERY_SECONDS:
+            said = time.monotonic()
+            print(f"looking through videos, once: {done} of {count}", file=sys.stderr, flush=True)
+
+    return VideoFiles(paths, decoder, report)
 
 
 class Entry(NamedTuple):

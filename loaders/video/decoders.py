@@ -94,10 +94,7 @@ class PyavReader(Reader):
         starts, pts, missing = self._scan.starts, self._scan.pts, []
         assert pts is not None
         decoded: Iterator[Any] = iter(())
-        at, sound = (
-            None,
-            True,
-        )  # the frame that was decoded last, and whether nothing since the place begun at was damaged
+        at, sound = None, True  # the frame decoded last, and whether nothing since the place begun at was damaged
         for number in asked:
             start = starts[bisect_right(starts, number) - 1]
             try:

