@@ -47,7 +47,7 @@ from . import clips
 CACHE = Path("~/.cache/fasttrain/clips-like")
 DECODERS = ("pyav", "decord", "torchcodec", "dali")
 ROWS = (*DECODERS, "bare decord", "packed", "bare decode")
-_TURN = 10.0  # seconds, of a row that is slow
+_TURN = float(os.environ.get("FASTTRAIN_BENCH_TURN", "10"))  # seconds, of a row that is slow
 
 
 @dataclass
@@ -245,11 +245,11 @@ def _timed(one: Set, given: argparse.Namespace, not_run: dict[str, str]) -> list
     for repeat in range(given.repeats):
         first = repeat % max(len(opened), 1)
         for name in [*list(opened)[first:], *list(opened)[:first]]:
-            # fast rows take as long a turn as it needs to be timed well
-            rounds = max(1, round(1.0 / max(_last(speeds[name], counts[name]), 1e-3)))
-            speeds[name].append(
-                counts[name] * rounds / sum(_seconds(opened[name], counts[name]) for _ in range(rounds))
-            )
+            # fast rows serve more in a turn, so that it can be timed well
+            rounds = max(1, min(50, round(_TURN / 10 / _last(speeds[name], counts[name]))))
+            gc.collect()
+            took = sum(_seconds(opened[name], counts[name]) for _ in range(rounds))
+            speeds[name].append(counts[name] * rounds / took)
     for row in opened.values():
         row.close()
     medians = {name: median(found) for name, found in speeds.items()}
@@ -266,12 +266,11 @@ def _timed(one: Set, given: argparse.Namespace, not_run: dict[str, str]) -> list
 
 
 def _last(speeds: list[float], count: int) -> float:
-    """Seconds that a turn of ``count`` clips took; 1 where there was none."""
-    return count / speeds[-1] if speeds else 1.0
+    """Seconds that ``count`` clips took in the last turn; a tenth of a turn where there was none."""
+    return count / speeds[-1] if speeds else _TURN / 10
 
 
 def _seconds(row: Any, count: int) -> float:
-    gc.collect()
     start = time.perf_counter()
     served = row.serve(count)
     return (time.perf_counter() - start) * count / served
