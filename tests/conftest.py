@@ -1,8 +1,10 @@
 """Shared by all tests: optional parts that may not be skipped in silence, GPU tests, and the command line."""
 
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ if not torch.cuda.is_available():  # Triton's kernels then run in its interprete
     assert "triton" not in sys.modules
     os.environ["TRITON_INTERPRET"] = "1"
 
+from fasttrain import device
+from fasttrain.cli import main
 from fasttrain.doctor import OPTIONAL, available
 from fasttrain.recipe import Recipe, load
 
@@ -70,18 +74,26 @@ def smoke(tmp_path):
 
 
 @pytest.fixture
-def fasttrain(tmp_path):
-    """The real command line, in a process of its own and in the test's own folder."""
+def fasttrain(tmp_path, monkeypatch):
+    """The command line in the test's own folder: ``main`` in this process, which has imported everything already; with
+    ``process=True`` or environment variables the real command in a process of its own."""
 
-    def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "fasttrain", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+    def call(*arguments: str, process: bool = False, **environment: str) -> subprocess.CompletedProcess:
+        if process or environment:
+            return subprocess.run(
+                [sys.executable, "-m", "fasttrain", *arguments],
+                cwd=tmp_path,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                capture_output=True,
+                text=True,
+                timeout=240,
+            )
+        out, err = io.StringIO(), io.StringIO()
+        with monkeypatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.chdir(tmp_path)
+            patch.setattr(device, "keep_memory", lambda: True)  # other tests look at this process's memory
+            code = main(list(arguments))
+        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
     return call
 

@@ -23,7 +23,7 @@ def few_photographs(cache) -> None:
 def test_step(fasttrain, tmp_path):
     """Through the real command line: rows run, and say what they should."""
     few_photographs(tmp_path / "photographs")
-    rows = "paper-style;live;recalled;heads alone"
+    rows = "live;recalled;heads alone"
     asked = ("--data", "photographs", "--images", "32", "--repeats", "1", "--compile", "false", "--rows", rows)
     done = fasttrain(
         "bench", "step", *TINY, *asked, "--json", "out.json", HOME=str(tmp_path), FASTTRAIN_BENCH_TURN="0.2"
@@ -35,7 +35,7 @@ def test_step(fasttrain, tmp_path):
     assert list(found) == rows.split(";")
     assert all(row["images_per_s"] > 0 for row in found.values())
     assert found["live"]["shares"]["sources"] > found["recalled"]["shares"]["sources"]
-    assert set(found["recalled"]["relative_to"]) == {"paper-style", "heads alone"}
+    assert set(found["recalled"]["relative_to"]) == {"heads alone"}
     assert content["flops_per_image"]["source0"] > 0
     assert "recalled" in done.stdout and "peak:" in done.stdout
 

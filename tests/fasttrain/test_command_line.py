@@ -1,4 +1,4 @@
-"""The real command line, in processes of its own: what users do wrong, and kills at any moment."""
+"""The command line: what users do wrong, and, in processes of its own, what it leaves and kills at any moment."""
 
 import json
 import os
@@ -48,7 +48,8 @@ def test_wrong_type(fasttrain, tmp_path):
 
 def test_missing_folder(fasttrain, tmp_path):
     refused(
-        fasttrain(*SMOKE, "--data.name", "folder", "--data.root", "/no/such"), "data.root: there is no folder /no/such"
+        fasttrain(*SMOKE, "--data.name", "folder", "--data.root", "/no/such", process=True),
+        "data.root: there is no folder /no/such",
     )
     nothing_written(tmp_path)
 
@@ -141,7 +142,7 @@ def test_other_mistakes(fasttrain, tmp_path):
 
 def test_a_mistake_in_runs_side_by_side(fasttrain):
     wild = ("--optim.lr", "1e15", "--optim.schedule", "constant", "--optim.epochs", "2")
-    refused(fasttrain(*SMOKE, "--seeds", "2", "--run.parallel", "2", *wild), "optim.lr 1e+15 may be too high")
+    refused(fasttrain(*SMOKE, "--seeds", "2", "--run.parallel", "2", *wild, process=True), "optim.lr 1e+15 may be too high")
 
 
 def test_help_and_version(fasttrain):
@@ -153,7 +154,7 @@ def test_help_and_version(fasttrain):
 
 def test_train_eval_export_describe(fasttrain, tmp_path):
     """What a user does in a row."""
-    done = fasttrain(*SMOKE, "--optim.epochs", "3")
+    done = fasttrain(*SMOKE, "--optim.epochs", "3", process=True)
     assert done.returncode == 0, done.stderr
     assert "images/s" in done.stdout and "runs/smoke/report.html" in done.stdout
     summary = json.loads((tmp_path / "runs/smoke/summary.json").read_text())
@@ -213,7 +214,7 @@ def test_doctor(fasttrain):
     content = json.loads(fasttrain("doctor", "--json").stdout)
     assert content["uses"]["soft-target losses"].startswith("triton" if torch.cuda.is_available() else "reference")
     assert content["optional"]["triton"]["works"] is True
-    parts = {"device", "precision", "loader", "soft-target losses", "live sources", "compiled step", "optimiser"}
+    parts = {"device", "precision", "loader", "videos", "soft-target losses", "live sources", "compiled step", "optimiser"}
     assert set(content["uses"]) == parts
     assert "apex: " in fasttrain("doctor").stdout
 
@@ -253,12 +254,12 @@ def losses(folder: Path) -> list[tuple]:
 @pytest.mark.slow
 def test_killed_at_any_moment(fasttrain, tmp_path):
     """kill -9 at random moments, again and again; what is left always goes on, to the very same curve."""
-    length = ("--optim.epochs", "12", "--run.checkpoint_steps", "1", "--run.log_every", "1")
-    assert fasttrain(*SMOKE, *length, "--name", "whole").returncode == 0
+    length = ("--optim.epochs", "10", "--run.checkpoint_steps", "1", "--run.log_every", "1")
+    assert fasttrain(*SMOKE, *length, "--name", "whole", process=True).returncode == 0
     moments = random.Random(5)
     last = tmp_path / "runs/smoke/checkpoints/last.pt"
     kills = 0
-    for _ in range(4):
+    for _ in range(3):
         process = start(tmp_path, *length)
         if kills:  # it has a checkpoint already: let it come to where it trains
             size = (tmp_path / "runs/smoke/metrics.jsonl").stat().st_mtime_ns
@@ -272,7 +273,7 @@ def test_killed_at_any_moment(fasttrain, tmp_path):
         position = torch.load(last, weights_only=True)["position"]
         assert position["step"] > 0
     assert kills >= 2
-    done = fasttrain(*SMOKE, *length)
+    done = fasttrain(*SMOKE, *length, process=True)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stdout
     assert losses(tmp_path / "runs/smoke") == losses(tmp_path / "runs/whole")
@@ -306,7 +307,7 @@ def test_killed_while_runs_train_side_by_side(tmp_path):
 
 def test_cache(fasttrain, tmp_path):
     """Filled ahead, filled once, found by a training; what does not fit is refused with the difference."""
-    first = fasttrain("cache", "smoke")
+    first = fasttrain("cache", "smoke", process=True)
     assert first.returncode == 0, first.stderr
     assert "2 views of 127 images from tiny; 1.0 MiB of 1.0 MiB to be computed" in first.stdout
     assert "254 labels" in first.stdout

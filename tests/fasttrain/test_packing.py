@@ -27,7 +27,7 @@ def data(tmp_path) -> Path:
 
 
 def test_packs_and_is_done(fasttrain, data, tmp_path, monkeypatch, capsys):
-    ran = fasttrain("pack", "folder", "--root", "data", "--out", "made/x.beton")
+    ran = fasttrain("pack", "folder", "--root", "data", "--out", "made/x.beton", process=True)
     said = "made/x.beton: 18 images (train 12, val 2, test 4), 4 MiB; 18 JPEGs kept; 2 left out, see made/x.beton.bad.jsonl\n"
     assert (ran.returncode, ran.stdout) == (0, said), ran.stderr
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["x.beton", "x.beton.bad.jsonl", "x.beton.json"]

@@ -57,7 +57,7 @@ def small(motion):
 def test_only_clips_tell_motions_apart(motion):
     """90 % of six motions by clips of 8 frames; one frame, the middle one, stays near the sixth that guessing finds."""
     short = ("--run.eval_every", "100", "--optim.epochs", "6")
-    clips = fit(motion(*short, "--name", "clips"))
+    clips = fit(motion(*short, "--data.size", "32", "--name", "clips"))
     still = ("--data.frames", "0", "--target.model", "resnet20", "--target.width", "1", "--data.size", "16")
     one_frame = fit(motion(*short, *still, "--name", "one-frame"))
     accuracy = {f.name: json.loads((f / "summary.json").read_text())["test"] for f in (clips, one_frame)}

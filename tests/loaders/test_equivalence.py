@@ -24,7 +24,7 @@ from fasttrain.loaders.pack import pack
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-NAMES = [n for n in LOADERS if n != "synthetic"]
+NAMES = [n for n in LOADERS if n not in ("synthetic", "video")]  # of images
 WAYS = [("torch", 0), ("torch", 2), ("ffcv", 2), ("dali", 1)]  # with so many processes or threads
 EVERY = [("resident", 0), *WAYS]
 PLANS = {

@@ -172,7 +172,7 @@ def test_an_unreadable_image_is_named_where_the_batch_is_used(tmp_path, workers)
 
 def test_unknown_loader(tree):
     with pytest.raises(
-        ValueError, match="no loader is called 'dally'; there are auto, resident, ffcv, dali, torch, synthetic"
+        ValueError, match="no loader is called 'dally'; there are auto, resident, ffcv, dali, torch, video, synthetic"
     ):
         open_loader("dally", spec_of(tree))
 
