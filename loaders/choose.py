@@ -9,7 +9,7 @@ from .base import LoaderSpec
 from .datasets.base import Encoded
 from .datasets.beton import Packed
 from .show import load_libjpeg
-from .video import Clips, PackedClips
+from .video import Clips
 
 
 def choose_loader(spec: LoaderSpec, device: torch.device | str = "cpu") -> tuple[str, str]:
@@ -17,8 +17,8 @@ def choose_loader(spec: LoaderSpec, device: torch.device | str = "cpu") -> tuple
     packed file on the CPU's decoder, dali where a GPU shall decode and FFCV is not here; else torch."""
     device = torch.device(device)
     if spec.clip is not None:
-        hint = "" if isinstance(spec.dataset.read, PackedClips) else "; `fasttrain pack` makes a file that loads faster"
-        return "video", f"clips{hint}"
+        slow = isinstance(spec.dataset.read, Clips) and spec.dataset.read.in_files
+        return "video", "clips" + ("; `fasttrain pack` makes a file that loads faster" if slow else "")
     fits, sizes = _fits(spec, device)
     if fits:
         return "resident", sizes

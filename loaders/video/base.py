@@ -14,9 +14,11 @@ class Clips:
 
     Attributes:
         shape_N3: int64 [N, 3], each video's frames, height and width in pixels; 0 frames for one that cannot be read.
+        in_files: whether a clip costs decoding a file of its video up to it.
     """
 
     shape_N3: np.ndarray
+    in_files = False
 
     def name(self, index: int) -> str:
         """What to call the video in messages: its path, or packed file and number."""

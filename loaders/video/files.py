@@ -36,6 +36,8 @@ class VideoFiles(Clips):
         ValueError: the decoder is unknown or not here.
     """
 
+    in_files = True
+
     def __init__(
         self, paths: list[Path], decoder: str = "auto", report: Callable[[int, int], None] | None = None
     ) -> None:

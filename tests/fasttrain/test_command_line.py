@@ -142,7 +142,9 @@ def test_other_mistakes(fasttrain, tmp_path):
 
 def test_a_mistake_in_runs_side_by_side(fasttrain):
     wild = ("--optim.lr", "1e15", "--optim.schedule", "constant", "--optim.epochs", "2")
-    refused(fasttrain(*SMOKE, "--seeds", "2", "--run.parallel", "2", *wild, process=True), "optim.lr 1e+15 may be too high")
+    refused(
+        fasttrain(*SMOKE, "--seeds", "2", "--run.parallel", "2", *wild, process=True), "optim.lr 1e+15 may be too high"
+    )
 
 
 def test_help_and_version(fasttrain):
@@ -214,7 +216,16 @@ def test_doctor(fasttrain):
     content = json.loads(fasttrain("doctor", "--json").stdout)
     assert content["uses"]["soft-target losses"].startswith("triton" if torch.cuda.is_available() else "reference")
     assert content["optional"]["triton"]["works"] is True
-    parts = {"device", "precision", "loader", "videos", "soft-target losses", "live sources", "compiled step", "optimiser"}
+    parts = {
+        "device",
+        "precision",
+        "loader",
+        "videos",
+        "soft-target losses",
+        "live sources",
+        "compiled step",
+        "optimiser",
+    }
     assert set(content["uses"]) == parts
     assert "apex: " in fasttrain("doctor").stdout
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fasttrain.loaders import ClipPlan, LoaderSpec, ViewPlan, evaluation, open_dataset, open_loader
+from fasttrain.loaders import ClipPlan, LoaderSpec, ViewPlan, choose_loader, evaluation, open_dataset, open_loader
 from fasttrain.loaders.crop import cut_one
 from fasttrain.loaders.pack_video import pack_videos
 
@@ -217,3 +217,20 @@ def test_a_damaged_frame_of_a_packed_file_is_named(files, tmp_path):
     begins_at_0 = spec(damaged, plan=evaluation(), clip=ClipPlan(6, 1, 2), still=0)
     with pytest.raises(ValueError, match=r"x\.beton, video 1 .*frame 3 is damaged"):
         epochs(begins_at_0, 1)
+
+
+def test_the_choice_of_a_loader(files, tmp_path):
+    """Clips come from one loader; only files of videos get the hint to pack them. Middle frames are images of one size or not."""
+    assert choose_loader(spec(videos(SHAPES))) == ("video", "clips")
+    assert choose_loader(spec(open_dataset("videos", files)))[1].endswith(
+        "`fasttrain pack` makes a file that loads faster"
+    )
+    still = {"clip": None, "plan": evaluation(), "still": 0}
+    assert choose_loader(spec(videos(SHAPES), **still))[0] == "torch"
+    assert choose_loader(spec(videos([(9, 40, 50)] * 8), **still))[0] == "resident"
+    loader = open_loader("torch", spec(videos(SHAPES), **still, shuffle=False, batch=16))
+    (batch,) = loader
+    view = evaluation().numbered(0, np.zeros(1), np.zeros(1), 48, 36)
+    wanted = np.empty((24, 24, 3), np.uint8)
+    cut_one(videos(SHAPES).read.videos[2][25], view, 0, wanted)  # the middle of 50 frames
+    assert (batch.pixels[2].permute(1, 2, 0).numpy() == wanted).all()
