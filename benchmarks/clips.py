@@ -58,8 +58,10 @@ def make(folder: Path, kind: str, count: int, *, photographs: list[Path] | None 
         photographs: what to film; without it those that ``benchmarks/photographs.py`` fetches.
 
     Raises:
-        ValueError: the folder holds something else, or there are no photographs to be had.
+        ValueError: fewer than 12, the folder holds something else, or there are no photographs to be had.
     """
+    if count < 3 * _CLASSES:
+        raise ValueError(f"{count} videos: {3 * _CLASSES} are needed, for {_CLASSES} classes to be in all three splits")
     about = {"version": 1, "kind": kind, "count": count}
     note = folder / "clips.json"
     if note.is_file() and json.loads(note.read_text()) == about:
@@ -81,7 +83,10 @@ def make(folder: Path, kind: str, count: int, *, photographs: list[Path] | None 
             jobs.append(pool.submit(_film, part / name, kind, i, *pictures))
         for job in track(jobs, f"{kind} clips", disable=not sys.stdout.isatty()):
             job.result()
-    (part / "list.csv").write_text("path,label\n" + "".join(f"{name},{name.partition('/')[0]}\n" for name in names))
+    # the last of each class is for the test, the one before validates
+    splits = ["train"] * max(count - 2 * _CLASSES, 0) + ["val"] * _CLASSES + ["test"] * _CLASSES
+    lines = [f"{name},{name.partition('/')[0]},{split}\n" for name, split in zip(names, splits[-count:], strict=True)]
+    (part / "list.csv").write_text("path,label,split\n" + "".join(lines))
     (part / note.name).write_text(json.dumps(about))
     part.replace(folder)
     return folder

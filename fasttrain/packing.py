@@ -24,8 +24,8 @@ same command goes on where it was. Then: fasttrain train RECIPE --data.name beto
 
 Of videos all frames are kept, as JPEGs, one video's after the other: a clip then costs decoding its own frames only. PyAV
 decodes them here, whatever data.decoder is elsewhere. A video that breaks anywhere is left out. The last line says how
-much space that takes, and how alike (SSIM, 1: equal) 16 packed frames and the originals are at a shorter side of 112
-pixels. Memory: each thread keeps the JPEGs of two videos.
+much space that takes, and how alike (SSIM of the luminance, 1: equal) 16 packed frames and the originals are at a
+shorter side of 112 pixels. Memory: each thread keeps the JPEGs of two videos.
 """
 
 import argparse
@@ -124,7 +124,8 @@ def _sentence(about: dict[str, Any], out: str) -> str:
 def _alike(ssim: dict[str, Any]) -> str:
     if not ssim["frames"]:
         return ""
-    return f"; SSIM {ssim['mean']:.3f}, lowest {ssim['lowest']:.3f}, at 112 px of {ssim['frames']} frames"
+    said = f"; SSIM {ssim['mean']:.3f}, lowest {ssim['lowest']:.3f} (in colour {ssim['colour']:.3f})"
+    return f"{said}, at 112 px of {ssim['frames']} frames"
 
 
 def _checked(about: dict[str, Any], path: str) -> str:

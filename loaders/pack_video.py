@@ -26,6 +26,7 @@ from .video import Clips
 from .video.packed import PackedClips, packed_clips
 
 _AHEAD = 2  # videos that may be under way or waiting to be written, for each thread; of these the JPEGs are in memory
+_LUMINANCE = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R BT.601
 _COMPARED, _SIDE = 16, 112  # frames by which the loss of quality is judged, and their shorter side in pixels
 
 
@@ -75,7 +76,8 @@ def pack_videos(
     Returns:
         What ``FILE.json`` says: counts (``samples`` are the frames), bytes, checksums, splits (of videos), options;
         ``videos``: ``first``, each video's first frame and behind the last one's last, and ``names``; and ``ssim_112``:
-        ``mean`` and ``lowest`` structural similarity of some ``frames`` to the originals, at a shorter side of 112 pixels.
+        ``mean`` and ``lowest`` structural similarity of the luminance of some ``frames`` to the originals', at a shorter
+        side of 112 pixels, and the mean in ``colour``.
 
     Raises:
         ValueError: ``out`` is there and holds something else, the data set changed since a packing began, the disk is
@@ -181,7 +183,7 @@ def _names(read: Clips, samples: int) -> list[str]:
 
 def _compared(read: Clips, packed: PackedClips, video_V: np.ndarray) -> dict[str, Any]:
     """How alike the packed and the original middle frames of some videos are; None where no original can be read again."""
-    values = []
+    luminance, colour = [], []
     for v in np.unique(np.linspace(0, len(video_V) - 1, _COMPARED).astype(int)).tolist():
         try:
             original_HWC = read(int(video_V[v]))
@@ -193,6 +195,8 @@ def _compared(read: Clips, packed: PackedClips, video_V: np.ndarray) -> dict[str
         pair = [
             torch.tensor(resized(image, height, width)).permute(2, 0, 1)[None] for image in (image_HWC, original_HWC)
         ]
-        values.append(float(ssim(*pair)))
-    mean, lowest = (round(float(f(values)), 4) if values else None for f in (np.mean, min))
-    return {"mean": mean, "lowest": lowest, "frames": len(values)}
+        colour.append(float(ssim(*pair)))
+        luminance.append(float(ssim(*((image * _LUMINANCE).sum(1, keepdim=True) for image in pair))))
+    figures = (f(v) if v else None for f, v in ((np.mean, luminance), (min, luminance), (np.mean, colour)))
+    mean, lowest, in_colour = (None if f is None else round(float(f), 4) for f in figures)
+    return {"mean": mean, "lowest": lowest, "colour": in_colour, "frames": len(luminance)}

@@ -79,7 +79,8 @@ def test_videos(clips, tmp_path, monkeypatch, capsys):
     ssim = about["ssim_112"]
     assert capsys.readouterr().out == (
         "x.beton: 4 videos (train 2, val 1, test 1), 31 frames, 4 MiB, "
-        f"{round(about['bytes'] / 31)} bytes a frame; SSIM {ssim['mean']:.3f}, lowest {ssim['lowest']:.3f}, at 112 px of 4 "
+        f"{round(about['bytes'] / 31)} bytes a frame; SSIM {ssim['mean']:.3f}, lowest {ssim['lowest']:.3f} "
+        f"(in colour {ssim['colour']:.3f}), at 112 px of 4 "
         "frames; 1 left out, see x.beton.bad.jsonl\n"
     )
     assert 0.6 < ssim["lowest"] < ssim["mean"] < 1

@@ -234,7 +234,7 @@ def test_originals_that_cannot_be_read_again_are_not_compared(tmp_path):
             raise ValueError("cannot seek")
 
     about = pack_videos(with_read(photographs(), InOrder(SHAPES, BROKEN)), tmp_path / "x.beton")
-    assert about["ssim_112"] == {"mean": None, "lowest": None, "frames": 0}
+    assert about["ssim_112"] == {"mean": None, "lowest": None, "colour": None, "frames": 0}
 
 
 # what is left out
