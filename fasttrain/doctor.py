@@ -8,7 +8,7 @@ import torch
 from . import kernels
 from .device import choose_compile, choose_device, choose_dtype, choose_source_dtype, cpu_name
 from .environment import versions
-from .loaders.choose import import_part, missing_part
+from .loaders.parts import import_part, missing_part
 from .loaders.show import load_libjpeg
 
 OPTIONAL = {

@@ -1,6 +1,5 @@
 """What ``data.loader: auto`` means here, and why."""
 
-import importlib
 import os
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from .base import LoaderSpec
 from .datasets.base import Encoded
 from .datasets.beton import Packed
+from .parts import missing_part
 from .show import load_libjpeg
 from .video import Clips
 
@@ -34,31 +34,6 @@ def choose_loader(spec: LoaderSpec, device: torch.device | str = "cpu") -> tuple
         return "dali", f"files that a GPU can decode; {sizes}"
     hint = "; `fasttrain pack` makes a file that loads faster" if isinstance(read, Encoded) and not spec.stored else ""
     return "torch", f"{sizes}{hint}"
-
-
-def import_part(module: str) -> None:
-    """Imports an optional part. FFCV sets PyTorch's threads to 1 for the whole process; they are set back. torchcodec loads
-    FFmpeg's libraries only when it is used; here it is."""
-    threads = torch.get_num_threads()
-    try:
-        part = importlib.import_module(module)
-    finally:
-        torch.set_num_threads(threads)
-    if module == "torchcodec.decoders":
-        try:
-            part.VideoDecoder(b"no video")
-        except Exception as error:
-            if "libtorchcodec" in str(error):
-                raise ImportError("FFmpeg's libraries are not here, or PyTorch is of another version") from None
-
-
-def missing_part(module: str) -> str:
-    """Why a module cannot be imported; empty if it can."""
-    try:
-        import_part(module)
-    except Exception as error:  # a broken installation can raise anything
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    return ""
 
 
 def _missing_libjpeg() -> str:

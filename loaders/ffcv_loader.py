@@ -16,9 +16,9 @@ import torch
 
 from .base import EpochLoader, LoaderSpec, read_or_stand_in
 from .batch import Batch
-from .choose import missing_part
 from .crop import cut_one
 from .datasets.beton import Packed
+from .parts import missing_part
 from .show import load_libjpeg
 
 _AHEAD = 3  # batches ready before they are asked for

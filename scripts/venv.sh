@@ -83,7 +83,7 @@ if ! $venv/bin/python -c 'import ffcv' 2>/dev/null; then
 fi
 
 # torchcodec loads FFmpeg's libraries, and only when it is used
-if ! (cd build && ../$venv/bin/python -c 'from fasttrain.loaders.choose import import_part; import_part("torchcodec.decoders")') >/dev/null 2>&1; then
+if ! (cd build && ../$venv/bin/python -c 'from fasttrain.loaders.parts import import_part; import_part("torchcodec.decoders")') >/dev/null 2>&1; then
     say "installing FFmpeg, whose libraries torchcodec loads (apt)"
     apt ffmpeg || say "torchcodec is left out: it needs apt-get install ffmpeg, which this user may not do; other decoders work without it"
 fi

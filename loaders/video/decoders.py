@@ -26,6 +26,7 @@ from typing import Any
 import av
 import numpy as np
 
+from ..parts import missing_part
 from .scan import Scan, opened, reason, upright, video_stream
 
 LARGEST_MEAN = 2.0
@@ -213,8 +214,6 @@ def choose_decoder(decoder: str) -> tuple[str, str]:
     Raises:
         ValueError: no such decoder, or it is not here.
     """
-    from ..choose import missing_part  # it imports the data sets, which import this
-
     if decoder == "auto":
         decoder = "pyav" if missing_part("decord") else "decord"
     if decoder not in READERS:

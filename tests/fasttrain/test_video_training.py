@@ -98,9 +98,9 @@ def test_recalled_soft_labels_of_clips_are_the_live_ones(small, tmp_path, still)
         fit(small(*common, *cache, "--data.stride", "2", "--name", "other"))
 
 
-def test_sources_see_the_centre_frame(small):
+def test_sources_see_the_centre_frame(small, tmp_path):
     parts = build(small("--data.views", "1"))
-    sources = parts.open_sources(Path("unused"), lambda text: None)
+    sources = parts.open_sources(tmp_path / "recall", lambda text: None)
     batch = next(iter(parts.loaders["train"]))
     parts.loaders["train"].close()
     wanted = sources.bank.logits(batch.pixels[:, :, 2])  # of 4 frames

@@ -157,7 +157,7 @@ def test_importing_it_changes_nothing_either():
     code = """
 import torch
 from fasttrain.doctor import available
-from fasttrain.loaders.choose import missing_part
+from fasttrain.loaders.parts import missing_part
 torch.set_num_threads(2)
 print(missing_part("ffcv"), available("ffcv")[0], torch.get_num_threads())
 import ffcv.pipeline.compiler
