@@ -98,14 +98,14 @@ class VideoLoader(EpochLoader):
     def _make(self, begun: "_Begun", part_P: np.ndarray, epoch: int) -> dict[int, str]:
         """Fills in clips of a batch; returns the videos that could not be read, and why."""
         bad: dict[int, str] = {}
-        clip_PTSSC, still_PRRC = (t.numpy() for t in (begun.clip_BTSSC, begun.still_BRRC))
+        clip_BTSSC, still_BRRC = (t.numpy() for t in (begun.clip_BTSSC, begun.still_BRRC))
         for b in part_P.tolist():
             index, number = int(begun.index_B[b]), int(begun.number_B[b])
             for candidate in itertools.chain([index], stand_ins(self.spec, index)):
                 if candidate != index and not self.clip.clips:  # a stand-in is shown in a view of its own
                     number = int(self.spec.number(epoch, np.array([candidate]))[0])
                 try:
-                    self._show(candidate, number, clip_PTSSC[b], still_PRRC[b])
+                    self._show(candidate, number, clip_BTSSC[b], still_BRRC[b])
                 except ValueError as error:
                     if self.spec.on_bad_sample == "error":
                         raise
