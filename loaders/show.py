@@ -120,30 +120,6 @@ def show(data, before, jpeg, height, width, box_4, flip_x, flip_y, out_SSC, stil
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def show_clip(
-    data, ptr_T, size_T, jpeg_T, height, width, box_4, flip_x, flip_y, out_TSSC, centre, still_RRC, _made_of=_MADE_OF
-):
-    """Writes the same view of several images of one size, the frames of a clip, and of frame ``centre`` at another size.
-
-    Args:
-        data: uint8, the file that holds them.
-        ptr_T, size_T, jpeg_T: where each begins in it, its bytes, and whether these are a JPEG.
-
-    The others are those of :func:`show`; R may be 0.
-
-    Returns:
-        -1, or the first frame that cannot be decoded.
-    """
-    no_still = np.empty((0, 0, 3), dtype=np.uint8)
-    for t in range(len(ptr_T)):
-        at, still = ptr_T[t], still_RRC if t == centre else no_still
-        content = data[at : at + size_T[t]]
-        if show(content, at, jpeg_T[t], height, width, box_4, flip_x, flip_y, out_TSSC[t], still) != DONE:
-            return t
-    return -1
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _whole(data, height, width, out_HWC):
     """Decodes a JPEG with libjpeg-turbo, to the size of ``out_HWC``; whether it was sound, and of its size."""
     handle, about, address, size = _open(), np.zeros(4, dtype=np.int32), data.ctypes.data, np.uint64(len(data))
@@ -175,3 +151,31 @@ def show_at():
         return show(content, before, jpeg != 0, height, width, row_6[:4], row_6[4] != 0, row_6[5] != 0, pixels, other)
 
     return call.ctypes
+
+
+@lru_cache(1)
+def clip_shower():
+    """What writes the same view of several images of one size, the frames of a clip, and of frame ``centre`` at another size.
+
+    (address of the file in memory, places, sizes and whether a JPEG, int64 [T] each; height, width; box and flips, int32 [6];
+    out, uint8 [T, S, S, 3]; centre; still, uint8 [R, R, 3], R may be 0) -> -1, or the first frame that cannot be decoded.
+
+    Like the ffcv loader's operation it calls :func:`show` as a C function, so that only this loop is compiled here.
+    """
+    show = show_at()
+
+    @njit(
+        "int64(int64, int64[::1], int64[::1], int64[::1], int64, int64, int32[::1], uint8[:,:,:,::1], int64, uint8[:,:,::1])",
+        nogil=True,
+    )
+    def show_clip(file, ptr_T, size_T, jpeg_T, height, width, row_6, out_TSSC, centre, still_RRC):
+        size, out, still = out_TSSC.shape[1], out_TSSC.ctypes.data, still_RRC.ctypes.data
+        for t in range(len(ptr_T)):
+            side = still_RRC.shape[0] if t == centre else 0
+            to = out + t * size * size * 3
+            at, length = ptr_T[t], size_T[t]
+            if show(file + at, length, at, jpeg_T[t], height, width, row_6.ctypes.data, size, to, side, still) != DONE:
+                return t
+        return -1
+
+    return show_clip

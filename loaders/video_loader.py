@@ -19,7 +19,7 @@ import torch
 from .base import EpochLoader, LoaderSpec, stand_ins
 from .batch import Batch
 from .crop import cut_clip
-from .show import load_libjpeg, show_clip
+from .show import clip_shower, load_libjpeg
 from .video import Clips, PackedClips
 
 _AHEAD = 2  # batches that are being made, at least
@@ -53,6 +53,7 @@ class VideoLoader(EpochLoader):
         self.read, self.clip = spec.dataset.read, spec.clip
         if isinstance(self.read, PackedClips):
             load_libjpeg()
+            clip_shower()  # compiled by one thread
         self.workers = workers or len(os.sched_getaffinity(0))
         self._pool: ThreadPoolExecutor | None = None
 
@@ -133,9 +134,10 @@ class VideoLoader(EpochLoader):
         box_4, (flip_x, flip_y) = view.box_B4[0], view.flip_B2[0]
         if isinstance(read, PackedClips):
             file, frame_T = read.packed.file, frame_1T[0] + read.first_V[index]
-            ptr_T, size_T, jpeg_T = file.ptr_N[frame_T], file.size_N[frame_T], ~read.packed.raw_N[frame_T]
-            what = (ptr_T, size_T, jpeg_T, height, width, box_4, flip_x, flip_y)
-            damaged = show_clip(read.packed.data, *what, clip_TSSC, clip.centre, still_RRC)
+            jpeg_T = (~read.packed.raw_N[frame_T]).astype(np.int64)
+            row_6 = np.array([*box_4, flip_x, flip_y], dtype=np.int32)
+            where = (read.packed.data.ctypes.data, file.ptr_N[frame_T], file.size_N[frame_T], jpeg_T, height, width)
+            damaged = clip_shower()(*where, row_6, clip_TSSC, clip.centre, still_RRC)
             if damaged >= 0:
                 raise ValueError(f"cannot read the video {read.name(index)}: frame {frame_1T[0, damaged]} is damaged")
             return
