@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from fasttrain.loaders import ClipPlan, Dataset, LoaderSpec, ViewPlan, open_dataset, open_loader
-from fasttrain.loaders.pack_video import pack_videos, ssim
+from fasttrain.loaders.pack_video import LUMINANCE, pack_videos, ssim
 from fasttrain.loaders.video.decoders import why_pyav
 from fasttrain.loaders.video.files import VideoFiles
 from fasttrain.loaders.video_loader import VideoLoader
@@ -293,7 +293,6 @@ def _about(one: Set, given: argparse.Namespace) -> dict[str, Any]:
 def _ssim(one: Set, given: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Of eight frames of each of 16 videos, in colour and in luminance: [frames] each."""
     whole = {"plan": ViewPlan("pad", pad=0, flip="none"), "clip": ClipPlan(8, 5, 1), "shuffle": False, "batch": 1}
-    weight = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     colour, luminance = [], []
     specs = [
         _spec(d, given, **whole | {"index_N": np.arange(min(16, len(d)))}) for d in (one.dataset("pyav"), one.packed)
@@ -302,7 +301,7 @@ def _ssim(one: Set, given: argparse.Namespace) -> tuple[torch.Tensor, torch.Tens
     for batches in zip(*loaders, strict=True):
         theirs, ours = (batch.pixels[0].transpose(0, 1).float() for batch in batches)
         colour.append(ssim(theirs, ours))
-        luminance.append(ssim(*((p * weight).sum(1, keepdim=True) for p in (theirs, ours))))
+        luminance.append(ssim(*((p * LUMINANCE).sum(1, keepdim=True) for p in (theirs, ours))))
     for loader in loaders:
         loader.close()
     return torch.cat(colour), torch.cat(luminance)

@@ -26,7 +26,7 @@ from .video import Clips
 from .video.packed import PackedClips, packed_clips
 
 _AHEAD = 2  # videos that may be under way or waiting to be written, for each thread; of these the JPEGs are in memory
-_LUMINANCE = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R BT.601
+LUMINANCE = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R BT.601
 _COMPARED, _SIDE = 16, 112  # frames by which the loss of quality is judged, and their shorter side in pixels
 
 
@@ -196,7 +196,7 @@ def _compared(read: Clips, packed: PackedClips, video_V: np.ndarray) -> dict[str
             torch.tensor(resized(image, height, width)).permute(2, 0, 1)[None] for image in (image_HWC, original_HWC)
         ]
         colour.append(float(ssim(*pair)))
-        luminance.append(float(ssim(*((image * _LUMINANCE).sum(1, keepdim=True) for image in pair))))
+        luminance.append(float(ssim(*((image * LUMINANCE).sum(1, keepdim=True) for image in pair))))
     figures = (f(v) if v else None for f, v in ((np.mean, luminance), (min, luminance), (np.mean, colour)))
     mean, lowest, in_colour = (None if f is None else round(float(f), 4) for f in figures)
     return {"mean": mean, "lowest": lowest, "colour": in_colour, "frames": len(luminance)}

@@ -1,5 +1,7 @@
 """What every backbone offers to the heads built on it."""
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 
@@ -62,3 +64,12 @@ class Backbone(nn.Module):
 
     def _frozen_modules(self) -> list[nn.Module]:
         return [self.get_submodule(name) for names in self.sections[: self.frozen] for name in names]
+
+
+def outputs(stages: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+    """What each stage gives, the first of ``x``, every other of the one before."""
+    taps = []
+    for stage in stages:
+        x = stage(x)
+        taps.append(x)
+    return taps

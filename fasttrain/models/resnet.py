@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .backbone import Backbone
+from .backbone import Backbone, outputs
 
 
 class ResNet(Backbone):
@@ -33,11 +33,7 @@ class ResNet(Backbone):
 
     def forward(self, pixel_BCHW: Tensor) -> list[Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(pixel_BCHW))))
-        taps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            taps.append(x)
-        return taps
+        return outputs((self.layer1, self.layer2, self.layer3, self.layer4), x)
 
 
 def resnet18() -> Backbone:

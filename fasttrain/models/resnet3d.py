@@ -10,7 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import Backbone
+from .backbone import Backbone, outputs
 
 Shortcut = Literal["A", "B"]
 
@@ -120,11 +120,7 @@ class ResNet3d(Backbone):
     def forward(self, clip_BCTHW: Tensor) -> list[Tensor]:
         x_BCTHW = F.relu(self.bn1(self.conv1(clip_BCTHW)), inplace=True)
         x_BCTHW = F.max_pool3d(x_BCTHW, 3, 2, 1)
-        taps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x_BCTHW = stage(x_BCTHW)
-            taps.append(x_BCTHW)
-        return taps
+        return outputs((self.layer1, self.layer2, self.layer3, self.layer4), x_BCTHW)
 
 
 def _downsample(

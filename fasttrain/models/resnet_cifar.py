@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import Backbone
+from .backbone import Backbone, outputs
 
 
 class _Block(nn.Module):
@@ -49,11 +49,7 @@ class ResNetCifar(Backbone):
 
     def forward(self, pixel_BCHW: Tensor) -> list[Tensor]:
         x = F.relu(self.bn1(self.conv1(pixel_BCHW)), inplace=True)
-        taps = []
-        for stage in self.stages:
-            x = stage(x)
-            taps.append(x)
-        return taps
+        return outputs(self.stages, x)
 
 
 def resnet20() -> Backbone:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .backbone import Backbone
+from .backbone import Backbone, outputs
 
 
 class VideoResNet(Backbone):
@@ -34,11 +34,7 @@ class VideoResNet(Backbone):
 
     def forward(self, clip_BCTHW: Tensor) -> list[Tensor]:
         x_BCTHW = self.stem(clip_BCTHW)
-        taps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x_BCTHW = stage(x_BCTHW)
-            taps.append(x_BCTHW)
-        return taps
+        return outputs((self.layer1, self.layer2, self.layer3, self.layer4), x_BCTHW)
 
 
 def r3d_18() -> Backbone:
