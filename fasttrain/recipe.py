@@ -23,7 +23,7 @@ class Data:
 
     name: str = "toy"
     """Data set: beton (a packed file), folder (an ImageFolder tree), tar (WebDataset shards), list (CSV or JSONL),
-    voc, cifar10, cifar100, stl10, fashion_mnist, elpv, toy; of videos: ucf101, hmdb51, kinetics400, videos (a list), motion."""
+    imagenet, places365, voc, cifar10, cifar100, stl10, fashion_mnist, elpv, toy; of videos: ucf101, hmdb51, kinetics400, videos (a list), motion."""
     root: str | None = None
     """Folder that holds it; of beton, list and videos the file itself."""
     split: int = 1
@@ -96,8 +96,9 @@ class Target:
     """The network being trained."""
 
     model: str = "resnet20"
-    """Backbone: resnet20, resnet32, resnet44 (CIFAR style), resnet18, resnet34, resnet50; for clips resnet3d18, resnet3d34,
-    resnet3d50 (of Hara et al.), r3d_18, mc3_18, r2plus1d_18 (torchvision's)."""
+    """Backbone: resnet20, resnet32, resnet44 (CIFAR style), resnet18, resnet34, resnet50, mobilenet_v2, densenet121, vgg16_bn
+    (torchvision's), timm:NAME (any of timm's that offers features_only); for clips resnet3d18, resnet3d34, resnet3d50 (of
+    Hara et al.), r3d_18, mc3_18, r2plus1d_18 (torchvision's)."""
     classes: int = 0
     """Classes of the task; 0 for those of the data set."""
     shortcut: Literal["A", "B"] = "A"
@@ -105,9 +106,9 @@ class Target:
     width: float = 1.0
     """Factor of all channels of resnet3d*; a transfer module's width is 1000 times this, rounded to an even number."""
     weights: str | None = None
-    """What the backbone starts from (heads are always new): a file, package:MODULE, or torchvision's name for weights of this
-    network, such as KINETICS400_V1; null: random. torchvision's files, those of the 3D ResNets' authors and a run's
-    checkpoints/selected.pt fit."""
+    """What the backbone starts from (heads are always new): a file, package:MODULE, row:ROW (what that row of the recipe has
+    trained with the same seed), or the library's name for weights of this network, such as KINETICS400_V1; null: random. Files
+    of torchvision, timm and the 3D ResNets' authors and a run's checkpoints/selected.pt fit."""
     sha256: str = ""
     """SHA-256 of the file of target.weights (or its first digits), to insist on."""
     frozen: int = 0
@@ -122,10 +123,12 @@ class Source:
     name: str
     """What to call it."""
     model: str
-    """Network: timm:NAME or torchvision:NAME, or NAME alone (timm's first, then torchvision's)."""
+    """Network: timm:NAME or torchvision:NAME, or NAME alone (timm's first, then torchvision's); or fasttrain: one that a run
+    has trained."""
     weights: str = "default"
     """Weights: a file, package:MODULE (an installed package that holds one), random, or what the library offers:
-    default or one of its names, such as IMAGENET1K_V1."""
+    default or one of its names, such as IMAGENET1K_V1. Of model fasttrain: a run's folder or checkpoint, or row:ROW, what that
+    row of the recipe has trained with the same seed."""
     sha256: str = ""
     """SHA-256 of the weights (or its first digits), to insist on; empty records it."""
     classes: int = 1000
@@ -157,6 +160,8 @@ class Transfer:
     """mean divides by the source's class count as well, as the published code does: the transfer all but vanishes."""
     module: bool = False
     """Auxiliary heads with the paper's transfer module (bottlenecks on every stage) instead of a linear layer."""
+    width: int = 0
+    """w of the transfer modules, in channels; 0: the backbone's own (docs/paper.md)."""
     together: Literal["auto", "plain", "shared", "grouped"] = "auto"
     """Transfer modules of several sources: plain (one after the other), shared (one first convolution on each stage), grouped
     (all of them one, then grouped convolutions); exact, a matter of speed. auto: plain, the fastest seen so far."""
@@ -195,7 +200,26 @@ class Method:
     """How target, labels and soft labels become a loss."""
 
     name: str = "sskt"
-    """scratch (labels only) or sskt."""
+    """scratch (labels only); sskt; kd (Hinton et al. 2015: sources with the task's own classes are its teachers); dml (Zhang et
+    al. 2018: peers learn from each other); maxl (Liu et al. 2019: a generator learns which sub-classes help the task)."""
+    temperature: float = 4.0
+    """Of kd: T, which softens both sides; the loss against the teachers is multiplied by T squared."""
+    weight: float = 0.9
+    """Of kd: weight of the teachers' loss; the labels' has the rest to 1."""
+    peers: list[str] | None = None
+    """Of dml: the peers' backbones (names as of target.model), each trained beside the target; null: one like the target."""
+    order: Literal["second", "first"] = "second"
+    """Of maxl: the generator's gradient through the target's step (second), or by finite differences of it (first)."""
+    generator: str = "vgg16_bn"
+    """Of maxl: the label generator's backbone (names as of target.model)."""
+    subclasses: int = 5
+    """Of maxl: sub-classes of each class."""
+    entropy: float = 0.2
+    """Of maxl: weight of the negative entropy of the batch's mean label, which keeps all sub-classes in use."""
+    generator_lr: float = 1e-3
+    """Of maxl: the generator's peak learning rate; it follows optim.schedule."""
+    generator_weight_decay: float = 5e-4
+    """Of maxl: the generator's weight decay."""
 
 
 @dataclass
@@ -268,6 +292,12 @@ class Run:
     """Epochs between evaluations on the validation split; the last epoch is always evaluated."""
     select: Literal["best", "last"] = "best"
     """Which epoch's weights are tested, once, at the end: the best on the validation split, or the last."""
+    protocol: Literal["validation", "paper"] = "validation"
+    """What weights are selected on: a validation split, or, as in the paper, the test split itself (nothing is held out, and
+    the figure is too good by what selecting gains)."""
+    cosine_every: int = 0
+    """Steps between measurements of the cosine between the gradients of the task's and each auxiliary loss, on the backbone
+    (Du et al. 2018); 0: never. Costs a forward pass and a backward pass for each loss."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
     checkpoint_steps: int = 0
