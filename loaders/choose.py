@@ -59,7 +59,7 @@ def _fits(spec: LoaderSpec, device: torch.device) -> tuple[bool, str]:
         if len(sides) > 1:
             return False, "videos of several sizes, or some that cannot be read"
         ((height, width),) = sides
-    elif spec.dataset.name in ("folder", "list", "tar", "voc"):
+    elif spec.dataset.name in ("folder", "imagenet", "list", "places365", "tar", "voc"):
         return False, "files of any size are not resident unless data.stored gives them one"
     else:
         height, width = read(int(spec.index_N[0])).shape[:2]

@@ -10,9 +10,11 @@ from .elpv import elpv
 from .fashion_mnist import fashion_mnist
 from .folder import image_folder
 from .hmdb51 import hmdb51
+from .imagenet import imagenet
 from .kinetics import kinetics400
 from .listed import listed
 from .motion import motion
+from .places365 import places365
 from .stl10 import stl10
 from .tar import tar_shards
 from .toy import toy
@@ -28,9 +30,11 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "fashion_mnist": fashion_mnist,
     "folder": image_folder,
     "hmdb51": hmdb51,
+    "imagenet": imagenet,
     "kinetics400": kinetics400,
     "list": listed,
     "motion": motion,
+    "places365": places365,
     "stl10": stl10,
     "tar": tar_shards,
     "toy": toy,
