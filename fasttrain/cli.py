@@ -18,7 +18,8 @@ usage: fasttrain COMMAND ...
                                          (--json, --source-classes 1000,365)
   eval RUN [--split test|val] [--field value ...]
                                          figures of a run's folder or checkpoint (--json)
-  export RUN --out FILE                  the trained target alone, as an exported program (.pt2)
+  export RUN --out FILE|DIR/             the trained target alone: an exported program (.pt2), weights (.safetensors),
+                                         ONNX (.onnx), or all of them in a folder, with a model card (--json)
   pack DATASET --root DIR --out FILE     one .beton of images or videos, each of them checked (`fasttrain pack -h`)
   cache RECIPE [--field value ...]       soft labels ahead of a run (`fasttrain cache -h`)
   bench loaders|video|kernels|sources|transfer|step [--json FILE]
@@ -114,13 +115,17 @@ def _eval(given: list[str]) -> int:
 
 
 def _export(given: list[str]) -> int:
-    from . import inference
-
+    given, as_json = _flag(given, "--json")
     given, out = _option(given, "--out")
     name, rest = _name(given)
-    if name is None or out is None or rest:
-        raise ValueError("export needs a run's folder or a checkpoint, and --out FILE")
-    print(inference.export(name, out))
+    if name is None or not out:
+        raise ValueError("export needs a run's folder or a checkpoint, and --out FILE or --out DIR/")
+    if rest:
+        raise ValueError(f"what is {rest[0]!r}? export takes a run, --out and --json")
+    from . import export
+
+    content = export.export(name, out)
+    print(json.dumps(content, indent=2) if as_json else export.to_text(content))
     return 0
 
 

@@ -141,14 +141,6 @@ def test_more_clips_and_crops_are_averaged(small):
     assert said["figures"] == json.loads((folder / "summary.json").read_text())["test"]
 
 
-def test_a_trained_target_is_exported(small, tmp_path):
-    folder = fit(small("--optim.epochs", "1"))
-    said = inference.export(str(folder), str(tmp_path / "net.pt2"))
-    assert "[B, 3, 4, 12, 12]" in said
-    clip = torch.randint(0, 256, (3, 3, 4, 12, 12)).float()
-    assert torch.export.load(tmp_path / "net.pt2").module()(clip).shape == (3, 6)
-
-
 def test_what_does_not_fit_together_is_refused(motion, smoke):
     wrong = {
         r"target\.model: resnet20 takes images": motion("--target.model", "resnet20", "--target.width", "1"),
