@@ -24,13 +24,14 @@ from .loaders import (
     open_loader,
 )
 from .loaders.base import EpochLoader
-from .methods import METHODS, Method
+from .methods import METHODS, Method, Setting
 from .models import Target, build_backbone, load_backbone
-from .recipe import Recipe
+from .recipe import Recipe, Source
 from .sources import RecalledSources, SourceBank, SourceNetwork, open_source
 from .sources.bank import chosen_strategy
 from .sources.recall import label_form, open_files
-from .tasks import SingleLabel
+from .tasks import TASKS, Task
+from .trained import TRAINED, open_trained
 from .transfer import AuxiliaryHead, LinearHead, TransferModule, run_together
 
 
@@ -47,7 +48,7 @@ class Parts:
     train_spec: LoaderSpec
     loaders: dict[str, EpochLoader]
     target: Target
-    task: SingleLabel
+    task: Task
     method: Method
     networks: list[SourceNetwork]
     loader_name: str
@@ -120,29 +121,32 @@ def build(recipe: Recipe) -> Parts:
     log = [f"device: {device}, {str(dtype).removeprefix('torch.')} ({why})"]
     compile_, why = choose_compile(recipe.run.compile, device)
     log += [f"compiled: {compile_} ({why})"]
-    dataset = open_data(recipe)
-    if dataset.multi_label:
-        raise ValueError(f"data.name: {dataset.name} is multi-label, and there is no task for that: it can be packed")
+    if recipe.run.protocol == "paper":
+        log += ["protocol: paper: weights are SELECTED ON THE TEST SPLIT: too good a figure; nothing is held out"]
+    dataset, task, kind = ground(recipe)
     train_spec, eval_specs = loader_specs(recipe, dataset)
     name, why = (recipe.data.loader, "as asked")
     if name == "auto":
         name, why = choose_loader(train_spec, device)
     torch.manual_seed(recipe.run.seed)
-    networks = [open_source(s).to(device) for s in recipe.chosen_sources()]
+    networks = [_opened(s).to(device) for s in recipe.chosen_sources()]
     log += [f"source {n.spec.name}: {n.spec.model}, {n.origin}, SHA-256 {n.sha256[:16]}" for n in networks]
     if networks:
         strategy = chosen_strategy(recipe.transfer.bank, networks, compile_ != "off")
         source_dtype = choose_source_dtype(recipe.transfer.precision, dtype, device)
         log += [f"sources, where they run: {strategy}, {str(source_dtype).removeprefix('torch.')}"]
-    task = SingleLabel(len(dataset.classes), recipe.optim.label_smoothing)
     torch.manual_seed(recipe.run.seed)
-    target = build_target(recipe, task.head_size, {n.spec.name: n.spec.classes for n in networks})
+    target = build_target(recipe, task.head_size, kind.heads(recipe, task.classes))
     _same_dims(recipe, target)
+    companions = kind.networks(recipe, task.classes)
+    kind.load(recipe, companions)
+    log += [f"{name}: {_of(network)}" for name, network in companions.items()]
     log += [f"target: {recipe.target.model} from {target.origin}"] if recipe.target.weights else []
     if recipe.run.channels_last:
-        target.channels_last()
-    method, kernels = build_method(recipe, task, device)
-    log += [kernels] if kernels else []
+        for network in (target, *companions.values()):
+            network.channels_last()  # type: ignore[operator]
+    companions = {name: network.to(device) for name, network in companions.items()}
+    method = kind(Setting(recipe, task, device.type, dtype, _soft_target_losses(recipe, device, log), companions))
 
     def opener(spec: LoaderSpec) -> EpochLoader:
         return open_loader(name, spec, device, loader_workers(recipe), hw_decoder_load=recipe.data.hw_decoder_load)
@@ -168,12 +172,32 @@ def build(recipe: Recipe) -> Parts:
     )
 
 
+def ground(recipe: Recipe) -> tuple[Dataset, Task, type[Method]]:
+    """What a run stands on, without its networks: data set, task and kind of method.
+
+    Raises:
+        ValueError: as :func:`build`.
+    """
+    dataset = open_data(recipe)
+    task = TASKS["multi_label" if dataset.multi_label else "single_label"](
+        len(dataset.classes), recipe.optim.label_smoothing
+    )
+    kind = method_of(recipe)
+    kind.check(recipe, task)
+    return dataset, task, kind
+
+
 def open_data(recipe: Recipe) -> Dataset:
-    """The recipe's data set, its class count checked against ``target.classes``."""
+    """The recipe's data set, its class count checked against ``target.classes``; with ``run.protocol: paper`` nothing is held
+    out for validation, and the test split stands in for it."""
     data = recipe.data
     dataset = open_dataset(
         data.name, data.root, val_share=data.val_share, verify=data.verify, split=data.split, decoder=data.decoder
     )
+    if recipe.run.protocol == "paper":
+        splits = dataset.splits
+        together = np.sort(np.concatenate([splits["train"], splits["val"]]))
+        dataset = replace(dataset, splits={"train": together, "val": splits["test"], "test": splits["test"]})
     if data.frames and not dataset.video:
         raise ValueError(f"data.frames: {data.frames}, and {dataset.name} is no data set of videos")
     if recipe.target.classes not in (0, len(dataset.classes)):
@@ -278,7 +302,7 @@ def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int], *
     Args:
         recipe: whose ``target`` and ``transfer`` it follows.
         classes: of the task.
-        source_classes: of each source, by name.
+        source_classes: of each auxiliary head, by name: a source's, or what else the method teaches.
         weights: start from ``target.weights``; without, the backbone is random, for those who want its shapes or load a
             checkpoint of their own.
 
@@ -291,9 +315,8 @@ def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int], *
     for name, count in source_classes.items():
         head: AuxiliaryHead
         if recipe.transfer.module:
-            head = TransferModule(
-                backbone.tap_channels, backbone.transfer_width, count, recipe.transfer.combine, dims=backbone.dims
-            )
+            width = recipe.transfer.width or backbone.transfer_width
+            head = TransferModule(backbone.tap_channels, width, count, recipe.transfer.combine, dims=backbone.dims)
         else:
             head = LinearHead(backbone.feature_dim, count)
         target.aux_heads[name] = head
@@ -315,29 +338,37 @@ def _same_dims(recipe: Recipe, target: Target) -> None:
         raise ValueError(f"target.model: {recipe.target.model} takes {'clips' if dims == 3 else 'images'}; {right}")
 
 
-def build_method(recipe: Recipe, task: SingleLabel, device: torch.device) -> tuple[Method, str]:
-    """The recipe's method, and a line for the log on the implementation of its losses.
+def method_of(recipe: Recipe) -> type[Method]:
+    """The recipe's method.
 
     Raises:
-        ValueError: unknown, without the sources it needs, or with kernels that cannot run on the device.
+        ValueError: unknown, or without the sources it needs.
     """
     name = recipe.method.name
     if name not in METHODS:
         raise ValueError(f"method.name: no method is called {name!r}; there are {', '.join(METHODS)}")
-    if name != "scratch" and not recipe.chosen_sources():
+    if METHODS[name].takes_sources and not recipe.chosen_sources():
         raise ValueError(f"sources: {name} needs at least one; the recipe chooses none")
-    sources, transfer = recipe.chosen_sources(), recipe.transfer
-    if not sources:
-        return METHODS[name](task, transfer, None), ""
-    aux_loss = SoftTargetLoss(
-        [s.classes for s in sources],
-        kind=transfer.loss,
-        temperature=transfer.temperature,
-        reduction=transfer.kd_reduction,
-        implementation=recipe.run.kernels,
-        device=device.type,
-    )
-    return METHODS[name](task, transfer, aux_loss), f"soft-target losses: {aux_loss.implementation} ({aux_loss.why})"
+    return METHODS[name]
+
+
+def _soft_target_losses(recipe: Recipe, device: torch.device, log: list[str]) -> Callable[..., SoftTargetLoss]:
+    """Makes losses against soft labels on the recipe's kernels; a line for the log says which, and why."""
+
+    def make(class_counts: list[int], **options) -> SoftTargetLoss:
+        loss = SoftTargetLoss(class_counts, **options, implementation=recipe.run.kernels, device=device.type)
+        log.append(f"soft-target losses: {loss.implementation} ({loss.why})")
+        return loss
+
+    return make
+
+
+def _opened(source: Source) -> SourceNetwork:
+    return open_trained(source) if source.model == TRAINED else open_source(source)
+
+
+def _of(network: torch.nn.Module) -> str:
+    return f"{network.backbone.name}, {sum(p.numel() for p in network.parameters()):,} parameters"  # type: ignore[union-attr]
 
 
 def recalls(recipe: Recipe) -> bool:

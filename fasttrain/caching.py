@@ -96,6 +96,9 @@ def run(
     for job in compare.first_of_each_row(compare.jobs_of(recipe)):
         if not job.recipe.chosen_sources():
             continue
+        if any(not (folder / "summary.json").is_file() for folder in job.after):
+            report(f"{job.row}: its soft labels come from a row that is not trained yet")
+            continue
         parts = build(job.recipe)
         sources = parts.open_sources(folder_of(recipe), report, in_memory=False)
         for loader in parts.loaders.values():

@@ -58,6 +58,12 @@ def load_target(target: torch.nn.Module, state: dict[str, Any], path: Path, clas
         raise ValueError(f"the checkpoint {path} is of another network: {' '.join(lines[1:2]).strip()[:200]}") from None
 
 
+def without_heads(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of the target alone: auxiliary heads are left out."""
+    kept = {k: v for k, v in state["target"].items() if not k.startswith("aux_heads.")}
+    return state | {"target": kept}
+
+
 def _some(names) -> str:
     return ", ".join(list(names)[:4]) + (", .." if len(names) > 4 else "")
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import interrupts, report
-from .build import Parts, build
+from .build import Parts, build, ground
 from .device import choose_device, set_up
 from .files import write_json
 from .log import Watcher
@@ -26,16 +26,18 @@ from .recipe import Recipe, row
 from .sources import RecalledSources
 from .trainer import Trainer
 
+_ROW = "row:"
 _PATIENCE = 10.0  # seconds for a run side by side to end the step it is at
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a row with a seed."""
+    """One run of a row with a seed; ``after`` are the folders of the runs whose weights it starts from or learns from."""
 
     row: str
     recipe: Recipe
     folder: Path
+    after: tuple[Path, ...] = ()
 
     @property
     def label(self) -> str:
@@ -47,13 +49,72 @@ def jobs_of(recipe: Recipe) -> list[Job]:
     root = Path(recipe.run.dir) / recipe.name
     rows = {name: row(recipe, changes) for name, changes in recipe.rows.items()} or {recipe.name: recipe}
     single = len(rows) == 1 and recipe.run.seeds == 1 and not recipe.rows
+
+    def folder(name: str, seed: int) -> Path:
+        place = root / name if recipe.rows else root
+        return place if single else place / f"seed{seed}"
+
     out = []
     for k in range(recipe.run.seeds):
         for name, its in rows.items():
             seed = recipe.run.seed + k
-            folder = root / name if recipe.rows else root
-            folder = folder if single else folder / f"seed{seed}"
-            out.append(Job(name, replace(its, run=replace(its.run, seed=seed)), folder))
+            used = sorted(_rows_used(its, rows, name))
+            mine = _with_weights_of(its, {other: str(folder(other, seed)) for other in used})
+            mine = replace(mine, run=replace(mine.run, seed=seed))
+            out.append(Job(name, mine, folder(name, seed), tuple(folder(other, seed) for other in used)))
+    return [job for wave in _waves(out) for job in wave]
+
+
+def _rows_used(recipe: Recipe, rows: dict[str, Recipe], name: str) -> set[str]:
+    """The rows that a row names as ``row:ROW``.
+
+    Raises:
+        ValueError: one that is not there, or itself.
+    """
+    named = [("target.weights", recipe.target.weights or "")]
+    named += [(f"sources: {s.name}: weights", s.weights) for s in recipe.chosen_sources()]
+    used = {}
+    for field, weights in named:
+        if weights.startswith(_ROW):
+            used[weights.removeprefix(_ROW)] = field
+    for other, field in used.items():
+        if other not in rows or other == name:
+            raise ValueError(f"{field}: {_ROW}{other} is no other row of the recipe; there are {', '.join(rows)}")
+    return set(used)
+
+
+def _with_weights_of(recipe: Recipe, folders: dict[str, str]) -> Recipe:
+    """The recipe with the folders of runs in the place of ``row:ROW``."""
+    if not folders:
+        return recipe
+
+    def found(weights: str) -> str:
+        return folders.get(weights.removeprefix(_ROW), weights) if weights.startswith(_ROW) else weights
+
+    weights = recipe.target.weights
+    if weights is not None and found(weights) != weights:
+        weights = f"{found(weights)}/checkpoints/selected.pt"
+    return replace(
+        recipe,
+        target=replace(recipe.target, weights=weights),
+        sources=[replace(s, weights=found(s.weights)) for s in recipe.sources],
+    )
+
+
+def _waves(jobs: list[Job]) -> list[list[Job]]:
+    """The jobs in an order in which none comes before one that it needs: each wave needs only the ones before it.
+
+    Raises:
+        ValueError: rows that need each other.
+    """
+    left, done, out = list(jobs), set[Path](), []
+    while left:
+        wave = [job for job in left if not set(job.after) & {other.folder for other in left}]
+        if not wave:
+            raise ValueError(f"rows: {', '.join(sorted({job.row for job in left}))} need each other's weights")
+        out.append(wave)
+        done |= {job.folder for job in wave}
+        left = [job for job in left if job.folder not in done]
     return out
 
 
@@ -74,8 +135,8 @@ def run(recipe: Recipe, watch: Callable[[str, dict[str, Any]], None]) -> dict[st
     root = Path(recipe.run.dir) / recipe.name
     side_by_side = min(recipe.run.parallel, len(jobs))
     set_up(recipe.run, choose_device(recipe.run.device))
-    with _locked(root):
-        summaries = _side_by_side(jobs, side_by_side, root, watch) if side_by_side > 1 else _in_turn(jobs, root, watch)
+    with locked(root):
+        summaries = run_jobs(jobs, root / "recall", watch, parallel=side_by_side)
         table = tabulate(recipe, jobs, summaries, side_by_side)
         write_json(root / "table.json", table)
         report.write(root / "report.html", recipe, table, jobs, summaries)
@@ -86,7 +147,7 @@ def tabulate(recipe: Recipe, jobs: list[Job], summaries: list[dict[str, Any]], s
     """Mean and standard deviation (n - 1) over the seeds, of each row's figures on the test split, in percent."""
     rows = []
     metric = summaries[0]["metric"]
-    for name in dict.fromkeys(job.row for job in jobs):
+    for name in recipe.rows or dict.fromkeys(job.row for job in jobs):
         mine = [(j, s) for j, s in zip(jobs, summaries, strict=True) if j.row == name]
         its = mine[0][0].recipe
         figures = {k: [s["test"][k] for _, s in mine] for k in mine[0][1]["test"]}
@@ -107,16 +168,46 @@ def tabulate(recipe: Recipe, jobs: list[Job], summaries: list[dict[str, Any]], s
     return out | {"environment": summaries[0]["environment"]}
 
 
-def _in_turn(jobs: list[Job], root: Path, watch) -> list[dict[str, Any]]:
-    if len(jobs) > 1:  # every row's mistakes come to light before the first is trained
-        for job in first_of_each_row(jobs):
-            _built(job)
-    return [_train(job, root, partial(watch, job.label)) for job in jobs]
+def run_jobs(
+    jobs: list[Job], recall: Path, watch: Callable[[str, dict[str, Any]], None], *, parallel: int = 1
+) -> list[dict[str, Any]]:
+    """Trains what is not yet trained.
+
+    Args:
+        jobs: from :func:`jobs_of`, or made likewise.
+        recall: folder of recalled soft labels.
+        watch: takes a run's label and a line of its log.
+        parallel: runs side by side, each in a process of its own and, where there are several, on a GPU of its own.
+
+    Returns:
+        The summary of each job.
+
+    Raises:
+        ValueError: a mistake in a recipe. It is found before anything is written, but for weights that another row has yet to
+            train.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    first = True
+    for wave in _waves(jobs):
+        count = min(parallel, len(wave))
+        if count > 1:
+            summaries = _side_by_side(wave, count, recall, watch)
+        else:
+            if len(jobs) > 1 and first:  # every row's mistakes come to light before the first is trained
+                for job in first_of_each_row(jobs):
+                    if job in wave:
+                        _built(job)
+                    else:
+                        ground(job.recipe)
+            summaries = [_train(job, recall, partial(watch, job.label)) for job in wave]
+        first = False
+        found |= {job.folder: summary for job, summary in zip(wave, summaries, strict=True)}
+    return [found[job.folder] for job in jobs]
 
 
-def _train(job: Job, root: Path, watch: Watcher) -> dict[str, Any]:
+def _train(job: Job, recall: Path, watch: Watcher) -> dict[str, Any]:
     parts = _built(job)
-    return Trainer(parts, job.folder, root / "recall", watch).fit()
+    return Trainer(parts, job.folder, recall, watch).fit()
 
 
 _LAST: list[Parts] = []
@@ -132,23 +223,26 @@ def first_of_each_row(jobs: list[Job]) -> list[Job]:
     return list({job.row: job for job in reversed(jobs)}.values())[::-1]
 
 
-def _side_by_side(jobs: list[Job], count: int, root: Path, watch) -> list[dict[str, Any]]:
+def _side_by_side(jobs: list[Job], count: int, recall: Path, watch) -> list[dict[str, Any]]:
     """Runs in ``count`` processes. Soft targets are computed before, once, with all threads."""
     for job in first_of_each_row(jobs):
         parts = _built(job)
         if not (job.folder / "summary.json").is_file():
-            _fill_ahead(parts, root / "recall", lambda text: watch("", {"kind": "note", "text": text}))
+            _fill_ahead(parts, recall, lambda text: watch("", {"kind": "note", "text": text}))
     _LAST.clear()
     context = multiprocessing.get_context("spawn")
     lines: Any = context.Queue()
+    devices: Any = context.Queue()
+    for i in range(count):
+        devices.put(i)
     threads = _shared_out(torch.get_num_threads(), len(jobs), count)
     summaries: dict[int, dict[str, Any]] = {}
     with (
         interrupts.held(),
-        ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(lines, os.getpid())) as pool,
+        ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(lines, devices, os.getpid())) as pool,
     ):
         with _deaf_children():
-            work = [pool.submit(_train_in_worker, _with_threads(job, threads[i]), root) for i, job in enumerate(jobs)]
+            work = [pool.submit(_train_in_worker, _with_threads(job, threads[i]), recall) for i, job in enumerate(jobs)]
         futures = {future: i for i, future in enumerate(work)}
         try:
             while len(summaries) < len(jobs):
@@ -218,15 +312,16 @@ def _pass_on(lines, watch) -> None:
 
 
 _LINES: Any = None
+_WORKER = 0  # which of the processes side by side this one is
 _ENDS = False  # this process was told to
 
 
-def _start_worker(lines, parent: int) -> None:
+def _start_worker(lines, devices, parent: int) -> None:
     """Takes the queue for the log's lines; ends this process after its step when told to, at once if its parent dies."""
     import ctypes
 
-    global _LINES
-    _LINES = lines
+    global _LINES, _WORKER
+    _LINES, _WORKER = lines, devices.get()
     signal.signal(signal.SIGTERM, partial(_told_to_end, os.getpid()))
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -242,15 +337,27 @@ def _told_to_end(worker: int, number, frame) -> None:
     _LINES.cancel_join_thread()  # nobody reads them any more
 
 
-def _train_in_worker(job: Job, root: Path) -> dict[str, Any]:
+def _train_in_worker(job: Job, recall: Path) -> dict[str, Any]:
     if _ENDS:  # the pool hands out one job more than there are processes
         raise KeyboardInterrupt
-    set_up(job.recipe.run, choose_device(job.recipe.run.device))
-    return _train(job, root, lambda line: _LINES.put((job.label, line)))
+    job = _on_a_device_of_its_own(job, torch.cuda.device_count())
+    device = choose_device(job.recipe.run.device)
+    set_up(job.recipe.run, device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return _train(job, recall, lambda line: _LINES.put((job.label, line)))
+
+
+def _on_a_device_of_its_own(job: Job, gpus: int) -> Job:
+    """With several GPUs, and none chosen by the recipe, each process has its own."""
+    run = job.recipe.run
+    if gpus < 2 or run.device not in ("auto", "cuda"):
+        return job
+    return replace(job, recipe=replace(job.recipe, run=replace(run, device=f"cuda:{_WORKER % gpus}")))
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def locked(root: Path) -> Iterator[None]:
     """Keeps a second process out of a run's folder; the lock goes with the process, however it ends."""
     path = root.parent / f".{root.name}.lock"
     try:

@@ -6,11 +6,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import kernels
-from .build import build_target, label_bytes, loader_specs, open_data, recalls
+from .build import build_target, label_bytes, loader_specs, method_of, open_data, recalls
 from .device import choose_device, choose_dtype, choose_source_dtype
 from .loaders import choose_loader
 from .recipe import Recipe
 from .sources.network import build_network
+from .trained import TRAINED
 
 
 def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
     content: dict[str, Any] = {"name": recipe.name, "device": str(device)}
     content["precision"] = f"{str(dtype).removeprefix('torch.')} ({why})"
     sources = {s.name: s.classes for s in recipe.chosen_sources()}
+    kind = method_of(recipe) if source_classes is None else None
     if source_classes is not None:
         sources = {f"source{i + 1}": c for i, c in enumerate(source_classes)}
     classes = recipe.target.classes
@@ -45,17 +47,20 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
                 recipe, len(spec.index_N), choose_source_dtype(recipe.transfer.precision, dtype, device)
             )
     with torch.device("meta"):
-        target = build_target(recipe, classes, sources, weights=False)
+        heads = sources if kind is None else kind.heads(recipe, classes)
+        target = build_target(recipe, classes, heads, weights=False)
+        others = {} if kind is None else kind.networks(recipe, classes)
         target.together = None  # merged weights would be counted as activations, and grouped gradients M times
     every = sum(p.numel() for p in target.parameters())
     alone = every - sum(p.numel() for p in target.aux_heads.parameters())
+    every += sum(p.numel() for network in others.values() for p in network.parameters())
     content["parameters"] = {"target": alone, "training": every}
     shape = input_shape(recipe, target.backbone.dims)
     content["input"] = list(shape)
-    content["flops_per_image"] = {"target_training": _training_flops(target, shape, bool(sources))}
+    content["flops_per_image"] = {"target_training": _training_flops(target, shape, bool(heads))}
     content["activation_bytes_per_image"] = _activation_bytes(target, shape, dtype)
     if source_classes is None:
-        content["flops_per_image"] |= {s.name: _source_flops(s) for s in recipe.chosen_sources()}
+        content["flops_per_image"] |= {s.name: _source_flops(s) for s in recipe.chosen_sources() if s.model != TRAINED}
     content["kernels"] = "{} ({})".format(*kernels.implementation(device.type, recipe.run.kernels))
     return content
 

@@ -10,8 +10,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .recipe import Optim
 
 
-def build_optimiser(spec: Optim, network: nn.Module) -> torch.optim.Optimizer:
+def build_optimiser(spec: Optim, network: nn.Module, *others: nn.Module) -> torch.optim.Optimizer:
     """Fused SGD over all parameters that are trained; its learning rate is set before every step.
+
+    ``others`` are networks that learn beside ``network``, at the full rate.
 
     With ``backbone_lr`` there are two groups, of the backbone and of the heads. Their ``factor`` is what each multiplies
     the step's learning rate by; a group without one takes it as it is.
@@ -27,7 +29,7 @@ def build_optimiser(spec: Optim, network: nn.Module) -> torch.optim.Optimizer:
         "nesterov": spec.nesterov,
     }
     if spec.impl == "torch":
-        return torch.optim.SGD(_groups(spec, network), **settings, fused=True)
+        return torch.optim.SGD(_groups(spec, network, *others), **settings, fused=True)
     try:
         from apex.optimizers import FusedSGD
     except Exception as error:  # a broken installation, or PyPI's apex, which is something else, can raise anything
@@ -35,15 +37,15 @@ def build_optimiser(spec: Optim, network: nn.Module) -> torch.optim.Optimizer:
             f"optim.impl: apex cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:160]}); NVIDIA's is built "
             "from its source, PyPI's is something else; torch is as fast or faster and needs nothing"
         ) from None
-    if any(p.device.type != "cuda" for p in network.parameters()):
+    if any(p.device.type != "cuda" for n in (network, *others) for p in n.parameters()):
         raise ValueError("optim.impl: apex's FusedSGD needs a CUDA device")
-    return FusedSGD(_groups(spec, network), **settings)
+    return FusedSGD(_groups(spec, network, *others), **settings)
 
 
-def _groups(spec: Optim, network: nn.Module) -> list[dict[str, Any]]:
+def _groups(spec: Optim, network: nn.Module, *others: nn.Module) -> list[dict[str, Any]]:
     """Parameters that are trained, as groups of an optimiser."""
     factor = spec.backbone_lr
-    trained = [p for p in network.parameters() if p.requires_grad]
+    trained = [p for n in (network, *others) for p in n.parameters() if p.requires_grad]
     if factor == 1:
         return [{"params": trained}]
     backbone = {id(p) for p in network.get_submodule("backbone").parameters()}
@@ -76,9 +78,17 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         """Of step 0, 1, .. (the one to be taken)."""
+        return self.spec.lr * self.rise(step) * self.factor(step)
+
+    def rise(self, step: int) -> float:
+        """Of the warm-up, up to 1."""
+        warmup = self.spec.warmup_epochs * self.steps_per_epoch
+        return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+    def factor(self, step: int) -> float:
+        """Of the peak, without the warm-up."""
         spec = self.spec
         warmup = spec.warmup_epochs * self.steps_per_epoch
-        rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
         epoch = step // self.steps_per_epoch
         if spec.schedule == "step":
             factor = spec.gamma ** sum(epoch >= m for m in spec.milestones)
@@ -90,7 +100,7 @@ class Schedule:
             factor = spec.gamma**self._drops
         else:
             factor = 1.0
-        return spec.lr * rise * factor
+        return factor
 
     def heard(self, val_loss: float) -> None:
         """Tells ``plateau`` of a validation loss; torch's ReduceLROnPlateau with its default threshold."""

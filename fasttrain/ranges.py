@@ -12,7 +12,8 @@ _RANGES: list[tuple[Callable[[float], bool], str, str]] = [
         lambda v: v > 0,
         "is not above 0",
         "data.size data.batch transfer.temperature optim.epochs run.seeds run.parallel run.eval_every run.log_every "
-        "run.checkpoint_every run.accumulate transfer.pad_to data.stride data.clips target.width",
+        "run.checkpoint_every run.accumulate transfer.pad_to data.stride data.clips target.width "
+        "method.temperature method.subclasses",
     ),
     (
         lambda v: v >= 0,
@@ -20,10 +21,11 @@ _RANGES: list[tuple[Callable[[float], bool], str, str]] = [
         "data.labelled data.stored data.grow_from data.pad data.views data.seed data.frames "
         "target.classes target.frozen transfer.alpha "
         "transfer.still transfer.recall_top transfer.recall_gib optim.lr optim.weight_decay optim.warmup_epochs "
-        "optim.clip_norm optim.backbone_lr run.seed run.checkpoint_steps",
+        "optim.clip_norm optim.backbone_lr run.seed run.checkpoint_steps run.cosine_every "
+        "transfer.width method.entropy method.generator_lr method.generator_weight_decay",
     ),
     (lambda v: v >= -1, "is below -1", "data.workers"),
-    (lambda v: 0 <= v <= 1, "is not in [0, 1]", "data.hw_decoder_load"),
+    (lambda v: 0 <= v <= 1, "is not in [0, 1]", "data.hw_decoder_load method.weight"),
     (lambda v: 0 <= v < 1, "is not in [0, 1)", "data.val_share optim.ema optim.label_smoothing"),
     (lambda v: 0 < v <= 1, "is not in (0, 1]", "data.min_area data.centre_share"),
 ]

@@ -14,6 +14,7 @@ from .ranges import check
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+_WITHOUT_SOURCES = ("scratch", "dml", "maxl")  # methods that no source teaches
 _PACKAGED = resources.files("fasttrain") / "recipes"
 
 
@@ -22,8 +23,9 @@ class Data:
     """What is learned from."""
 
     name: str = "toy"
-    """Data set: beton (a packed file), folder (an ImageFolder tree), tar (WebDataset shards), list (CSV or JSONL),
-    imagenet, places365, voc, cifar10, cifar100, stl10, fashion_mnist, elpv, toy; of videos: ucf101, hmdb51, kinetics400, videos (a list), motion."""
+    """Data set: beton (a packed file), folder (an ImageFolder tree), tar (WebDataset shards), list (CSV or JSONL), imagenet,
+    places365, voc, cifar10, cifar100, stl10, fashion_mnist, elpv, toy; of videos: ucf101, hmdb51, kinetics400, videos (a
+    list), motion."""
     root: str | None = None
     """Folder that holds it; of beton, list and videos the file itself."""
     split: int = 1
@@ -208,6 +210,8 @@ class Method:
     """Of kd: weight of the teachers' loss; the labels' has the rest to 1."""
     peers: list[str] | None = None
     """Of dml: the peers' backbones (names as of target.model), each trained beside the target; null: one like the target."""
+    peer_weights: list[str | None] | None = None
+    """Of dml: what each peer's backbone starts from, as target.weights; null: random."""
     order: Literal["second", "first"] = "second"
     """Of maxl: the generator's gradient through the target's step (second), or by finite differences of it (first)."""
     generator: str = "vgg16_bn"
@@ -330,13 +334,13 @@ class Recipe:
         return "clips" if self.data.frames else "images"
 
     def chosen_sources(self) -> list[Source]:
-        """The sources in use, in the order that ``transfer.sources`` names them; none for ``scratch``."""
+        """The sources in use, in the order that ``transfer.sources`` names them; none for methods that take none."""
         by_name = {s.name: s for s in self.sources}
         names = self.transfer.sources if self.transfer.sources is not None else list(by_name)
         for name in names:
             if name not in by_name:
                 raise ValueError(f"transfer.sources: no source is called {name!r}; the recipe has {sorted(by_name)}")
-        return [] if self.method.name == "scratch" else [by_name[n] for n in names]
+        return [] if self.method.name in _WITHOUT_SOURCES else [by_name[n] for n in names]
 
 
 def parser(prog: str) -> ArgumentParser:

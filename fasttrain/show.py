@@ -63,7 +63,8 @@ class Watch:
         first_time, first_step = self.began.setdefault(label, (now, step))
         left = (now - first_time) / (step - first_step) * (line["steps"] - step) if step > first_step else None
         waits = f"waits {line.get('data_share', 0):.0f} % for data, {line.get('sources_share', 0):.0f} % for sources"
-        text = f"{line['images_per_s']:.0f} {self.unit}/s, loss {line['loss']:.3f}, {waits}"
+        loss = f", loss {line['loss']:.3f}" if "loss" in line else ""
+        text = f"{line['images_per_s']:.0f} {self.unit}/s{loss}, {waits}"
         text += f", {self.val[label]}" if label in self.val else ""
         text += f", {_time(left)} left" if left is not None else ""
         advice = line.get("advice", "")

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import checkpoint, interrupts
 from .advice import advise
 from .build import Parts
+from .cosine import gradient_cosines
 from .environment import environment
 from .files import remove_unfinished, write_json, write_text
 from .kernels import network_input
@@ -58,7 +59,10 @@ class Trainer:
             parts.method,
             parts.loaders["train"],
         )
-        self.optimiser = build_optimiser(recipe.optim, self.target)
+        self.optimisers = [
+            build_optimiser(self.method.optim(number), *self.method.trained(self.target, number))
+            for number in range(len(self.method.passes))
+        ]
         self.schedule = Schedule(recipe.optim, len(self.loader))
         self.average = build_average(recipe.optim, self.target)
         self.scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.dtype == torch.float16)
@@ -66,12 +70,14 @@ class Trainer:
         val_index_N = parts.loaders["val"].spec.index_N
         self.metric = self.task.metric(torch.from_numpy(parts.dataset.targets_N[val_index_N]))
         self.epoch, self.step, self.finished = 0, 0, False
+        self.number = 0  # of the pass over the epoch's images
         self.best: dict[str, Any] = {"epoch": 0, "value": -math.inf, "val": {}}
         self.sums: dict[str, torch.Tensor] = {}
-        self.summed = 0
+        self.counts: dict[str, int] = {}
         self.clock, self.train_seconds = Clock(parts.device), 0.0
         self.position = self.loader.state_dict()
         self.speeds: list[float] = []
+        self._last_place = 0
         kept = self._resume()
         for place in (folder, folder / "checkpoints"):
             place.mkdir(parents=True, exist_ok=True)
@@ -105,7 +111,16 @@ class Trainer:
                     loader.close()
 
     def _train_epoch(self) -> None:
-        self.target.train()
+        for number in range(self.number, len(self.method.passes)):
+            self.number = number
+            self._train_pass()
+            if number + 1 < len(self.method.passes):
+                self.loader.set_epoch(self.epoch)
+        self.number, self.position = 0, self.loader.state_dict()
+
+    def _train_pass(self) -> None:
+        for network in (self.target, self.method.companions):
+            network.train()
         run = self.recipe.run
         self._choose_loader()
         self.clock.start()
@@ -128,7 +143,6 @@ class Trainer:
                 self.clock.start()
                 mark, images = time.perf_counter(), 0
         self.clock.settle()
-        self.position = self.loader.state_dict()
         self.train_seconds += time.perf_counter() - mark
 
     def _choose_loader(self) -> None:
@@ -167,29 +181,49 @@ class Trainer:
         optim, batch = self.recipe.optim, ready.batch
         soft = ready.soft() if ready.soft is not None else None
         self.clock.mark("sources")
+        number, at = self.number, self._place()
+        self._last_place = at
+        rise, factor = self.schedule.rise(at), self.schedule.factor(at)
         losses: dict[str, Tensor] = {}
+        every = self.recipe.run.cosine_every
+        if every and not number and at % every == 0:
+            losses |= self._cosines(batch, soft)
         for pixels, targets, its_soft in self._parts_of(batch, soft):
             if self.parts.compile == "graphs":
                 torch.compiler.cudagraph_mark_step_begin()
-            found, share = self.losses(pixels, targets, its_soft), len(targets) / len(batch)
-            self.scaler.scale(found["loss"] if share == 1 else found["loss"] * share).backward()
+            share = len(targets) / len(batch)
+            found = (
+                self._other_losses(pixels, targets, optim.lr * rise * factor)
+                if number
+                else self.losses(pixels, targets, its_soft)
+            )
+            loss = self.scaler.scale(found["loss"] if share == 1 else found["loss"] * share)
+            loss.backward(inputs=_parameters(self.optimisers[number]) if number else None)
             for name, value in found.items():
                 losses[name] = losses.get(name, 0) + value.detach() * share
         self.clock.mark("target")
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.schedule.lr(self.step) * group.get("factor", 1.0)
+        optimiser, spec = self.optimisers[number], self.method.optim(number)
+        for group in optimiser.param_groups:
+            group["lr"] = spec.lr * rise * factor * group.get("factor", 1.0)
         if optim.clip_norm:
-            self.scaler.unscale_(self.optimiser)
-            torch.nn.utils.clip_grad_norm_(self.target.parameters(), optim.clip_norm)
-        self.scaler.step(self.optimiser)
+            self.scaler.unscale_(optimiser)
+            torch.nn.utils.clip_grad_norm_(_parameters(optimiser), optim.clip_norm)
+        self.scaler.step(optimiser)
         self.scaler.update()
-        self.optimiser.zero_grad(set_to_none=True)
-        if self.average is not None:
+        optimiser.zero_grad(set_to_none=True)
+        if self.average is not None and not number:
             self.average.update_parameters(self.target)
+        prefix = f"{self.method.passes[number]}/" if number else ""
         for name, value in losses.items():  # stays on the device; read every N steps
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.summed += 1
+            self.sums[prefix + name] = self.sums.get(prefix + name, 0) + value
+            self.counts[prefix + name] = self.counts.get(prefix + name, 0) + 1
         self.clock.mark("optimiser")
+
+    def _place(self) -> int:
+        """Of a step in the schedule: steps of the epoch's other passes are at the places of the first's."""
+        count = len(self.loader)
+        epoch, rest = divmod(self.step, count * len(self.method.passes))
+        return epoch * count + rest % count
 
     def _parts_of(self, batch: Batch, soft: SoftTargets | None) -> Iterator[tuple[Tensor, Tensor, SoftTargets | None]]:
         """The batch, or with ``run.accumulate`` its parts."""
@@ -203,10 +237,17 @@ class Trainer:
 
     def _losses(self, pixels: Tensor, targets_B: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:
         """The forward pass, from bytes to the method's losses: what is compiled."""
-        dtype = self.parts.dtype
-        with torch.autocast(self.parts.device.type, dtype, enabled=dtype != torch.float32):
-            output = self.target(network_input(pixels, self.mean, self.std), aux=soft is not None)
-        return self.method.step(output, targets_B, soft)
+        return self.method.step(self.target, network_input(pixels, self.mean, self.std), targets_B, soft)
+
+    def _other_losses(self, pixels: Tensor, targets_B: Tensor, lr: float) -> dict[str, Tensor]:
+        """Those of an epoch's later passes. They are not compiled: a compiler does not differentiate a gradient."""
+        x = network_input(pixels, self.mean, self.std)
+        return self.method.other_step(self.number, self.target, x, targets_B, lr)
+
+    def _cosines(self, batch: Batch, soft: SoftTargets | None) -> dict[str, Tensor]:
+        x = network_input(batch.pixels, self.mean, self.std)
+        found = gradient_cosines(self.method, self.target, x, batch.targets, soft)
+        return {f"cosine/{name}": value for name, value in found.items()}
 
     def _end_epoch(self) -> None:
         run = self.recipe.run
@@ -264,13 +305,14 @@ class Trainer:
         return self.position["batch"] < len(self.loader)
 
     def _log_steps(self, images: int, seconds: float) -> None:
-        means = {name: float(value) / self.summed for name, value in self.sums.items()}
-        if not math.isfinite(means["loss"]):
+        means = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
+        wrong = next((v for name, v in means.items() if name.endswith("loss") and not math.isfinite(v)), None)
+        if wrong is not None:
             raise ValueError(
-                f"the loss is {means['loss']} by step {self.step}: optim.lr {self.recipe.optim.lr:g} may be too high; "
+                f"the loss is {wrong} by step {self.step}: optim.lr {self.recipe.optim.lr:g} may be too high; "
                 "try a lower one, warmup_epochs or clip_norm"
             )
-        self.sums, self.summed = {}, 0
+        self.sums, self.counts = {}, {}
         self.speeds.append(images / seconds)
         lately = shares(self.clock.lately)
         told: dict[str, Any] = {f"{part}_share": share for part, share in lately.items()}
@@ -278,8 +320,8 @@ class Trainer:
         position = {
             "epoch": self.epoch,
             "step": self.step,
-            "steps": self.schedule.steps,
-            "lr": self.schedule.lr(self.step - 1),
+            "steps": self.schedule.steps * len(self.method.passes),
+            "lr": self.schedule.lr(self._last_place),
         }
         self.log.write({"kind": "step"} | position | means | {"images_per_s": images / seconds} | told)
 
@@ -297,16 +339,17 @@ class Trainer:
             "target": self.target.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
             "classes": list(self.parts.dataset.classes),
-            "optimiser": self.optimiser.state_dict(),
+            "companions": self.method.companions.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loader": self.position,
             "bad_samples": self.loader.bad,
             "dataset": self.parts.dataset.identity(),
-            "position": {"epoch": self.epoch, "step": self.step, "finished": self.finished},
+            "position": {"epoch": self.epoch, "pass": self.number, "step": self.step, "finished": self.finished},
             "best": self.best,
             "sums": self.sums,
-            "summed": self.summed,
+            "counts": self.counts,
             "times": {"clock": self.clock.seconds, "speeds": self.speeds, "train": self.train_seconds},
             "random": torch.get_rng_state(),
             "log_bytes": self.log.position(),
@@ -330,7 +373,9 @@ class Trainer:
         checkpoint.load_target(self.target, state, path, self.parts.dataset.classes)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.method.companions.load_state_dict(state["companions"])
+        for optimiser, its in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(its)
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         if state["dataset"] != self.parts.dataset.identity():
@@ -338,14 +383,19 @@ class Trainer:
         self.loader.load_state_dict(state["loader"])
         self.position = state["loader"]
         self.loader.bad |= state["bad_samples"]
-        self.epoch, self.step, self.finished = (state["position"][k] for k in ("epoch", "step", "finished"))
-        self.best, self.summed = state["best"], state["summed"]
+        place = state["position"]
+        self.epoch, self.number, self.step, self.finished = (place[k] for k in ("epoch", "pass", "step", "finished"))
+        self.best, self.counts = state["best"], state["counts"]
         self.sums = {name: value.to(self.parts.device) for name, value in state["sums"].items()}
         times = state["times"]
         self.clock.seconds, self.speeds, self.train_seconds = times["clock"], times["speeds"], times["train"]
         torch.set_rng_state(state["random"])
         self._note(f"going on from {path}: epoch {self.epoch}, step {self.step}")
         return state["log_bytes"]
+
+
+def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimiser.param_groups for p in group["params"]]
 
 
 @torch.no_grad()

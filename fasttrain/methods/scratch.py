@@ -2,19 +2,15 @@
 
 from torch import Tensor
 
-from fasttrain.kernels import SoftTargetLoss
-from fasttrain.models.target import TargetOutput
-from fasttrain.recipe import Transfer
+from fasttrain.models import Target
 from fasttrain.sources import SoftTargets
-from fasttrain.tasks import SingleLabel
+
+from .base import Method
 
 
-class Scratch:
+class Scratch(Method):
     """The task's loss."""
 
-    def __init__(self, task: SingleLabel, transfer: Transfer, aux_loss: SoftTargetLoss | None = None) -> None:
-        self.task = task
-
-    def step(self, output: TargetOutput, targets_B: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:
-        primary = self.task.loss(output.logits_BK, targets_B)
+    def step(self, target: Target, x: Tensor, targets: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:
+        primary = self.task.loss(self.ask(target, x).logits_BK, targets)
         return {"loss": primary, "primary": primary}

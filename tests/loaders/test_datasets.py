@@ -221,6 +221,6 @@ def test_toy_is_balanced():
 
 def test_every_data_set_is_in_the_table():
     assert set(tables.DATASETS) == {
-        "beton", "cifar10", "cifar100", "elpv", "fashion_mnist", "folder", "hmdb51", "kinetics400", "list", "motion", "stl10",
-        "tar", "toy", "ucf101", "videos", "voc",
+        "beton", "cifar10", "cifar100", "elpv", "fashion_mnist", "folder", "hmdb51", "imagenet", "kinetics400", "list", "motion",
+        "places365", "stl10", "tar", "toy", "ucf101", "videos", "voc",
     }  # fmt: skip

@@ -1,0 +1,69 @@
+"""A network that a run has trained, as a source: a teacher with the task's own classes, say."""
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from . import checkpoint
+from .models import Target, build_backbone
+from .recipe import Source, from_dict
+from .sources import SourceNetwork
+
+TRAINED = "fasttrain"  # what Source.model calls them
+
+
+def open_trained(spec: Source) -> SourceNetwork:
+    """The selected weights of a run, with the run's own input size and normalisation.
+
+    Args:
+        spec: its ``weights`` name a run's folder or a checkpoint.
+
+    Raises:
+        ValueError: no such run, or ``spec`` says something else of its classes, size, mean or std than the run.
+    """
+    path = selected(spec.weights, f"sources: {spec.name}")
+    state = checkpoint.load(path)
+    recipe = from_dict(state["recipe"])
+    facts = {
+        "classes": (spec.classes, len(state["classes"])),
+        "size": (spec.size, recipe.data.size),
+        "mean": (list(spec.mean), list(recipe.data.mean)),
+        "std": (list(spec.std), list(recipe.data.std)),
+    }
+    for field, (given, its) in facts.items():
+        if given != its:
+            raise ValueError(f"sources: {spec.name} has {field} {given}, but the run in {path} was trained with {its}")
+    if recipe.data.frames:
+        raise ValueError(f"sources: {spec.name}: the run in {path} was trained on clips; sources see images")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if spec.sha256 and not sha256.startswith(spec.sha256.lower()):
+        raise ValueError(f"sources: {spec.name}: {path} has the SHA-256 {sha256}, not {spec.sha256}")
+    made = recipe.target
+    target = Target(build_backbone(made.model, shortcut=made.shortcut, width=made.width), len(state["classes"]))
+    checkpoint.load_target(target, checkpoint.without_heads(state), path, tuple(state["classes"]))
+    target.channels_last()
+    return SourceNetwork(spec, _Logits(target), sha256, str(path))
+
+
+def selected(name: str, what: str) -> Path:
+    """The checkpoint of a run's folder, or the file that is named.
+
+    Raises:
+        ValueError: neither; begins with ``what``.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = path / "checkpoints" / "selected.pt"
+    if not path.is_file():
+        raise ValueError(f"{what}: there is no run or checkpoint {name}")
+    return path
+
+
+class _Logits(nn.Module):
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.target(x_BCHW).logits_BK
