@@ -1,4 +1,4 @@
-"""Tar shards, lists and Pascal VOC as they lie on disk, and what is said of damaged ones."""
+"""Tar shards and lists as they lie on disk, and what is said of damaged ones."""
 
 import io
 import json
@@ -17,8 +17,6 @@ from fasttrain.loaders.datasets.base import Encoded, Files
 from PIL import Image
 
 from . import samples
-
-CAR, DOG, PERSON = 6, 11, 14
 
 
 def encoded(seed: int, suffix: str = ".png") -> bytes:
@@ -522,114 +520,3 @@ def test_what_is_no_list(tmp_path):
         open_dataset("list", tmp_path / "list.txt")
     with pytest.raises(ValueError, match=r"data\.root: there is no folder .*list\.txt"):
         open_dataset("folder", tmp_path / "list.txt")
-
-
-# voc
-
-
-def annotation(*objects: tuple[str, int | None]) -> str:
-    parts = "".join(
-        f"<object><name>{name}</name>{'' if hard is None else f'<difficult>{hard}</difficult>'}"
-        "<part><name>head</name></part></object>"
-        for name, hard in objects
-    )
-    return f"<annotation><filename>x.jpg</filename>{parts}</annotation>"
-
-
-def devkit(year: Path, splits: dict[str, list[str]]) -> list[Path]:
-    """Photograph k of a year shows a dog if k is even, and a person; returns the photographs in the order of the splits."""
-    paths = []
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (year / folder).mkdir(parents=True)
-    for split, ids in splits.items():
-        (year / f"ImageSets/Main/{split}.txt").write_text("".join(f"{i} \n" for i in ids))
-        for k, i in enumerate(ids):
-            paths.append(year / f"JPEGImages/{i}.jpg")
-            paths[-1].write_bytes(encoded(k, ".jpg"))
-            shown = [("person", 0), ("dog", 0)] if k % 2 == 0 else [("person", 0)]
-            (year / f"Annotations/{i}.xml").write_text(annotation(*shown))
-    return paths
-
-
-def ids(year: int, first: int, count: int) -> list[str]:
-    return [f"{year}_{i:06}" for i in range(first, first + count)]
-
-
-@pytest.mark.parametrize("layout", ["VOCdevkit/VOC2007", "VOC2012", "."])
-def test_voc_2007(tmp_path, layout):
-    paths = devkit(tmp_path / layout, {"train": ids(2007, 0, 6), "val": ids(2007, 10, 4), "test": ids(2007, 20, 5)})
-    dataset = open_dataset("voc", tmp_path)
-    assert len(dataset.classes) == 20 and list(dataset.classes) == sorted(dataset.classes)
-    assert dataset.targets_N.shape == (15, 20) and dataset.targets_N.dtype == np.float32
-    assert dataset.targets_N[:, DOG].tolist() == [1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1]
-    assert dataset.targets_N[:, PERSON].all() and dataset.targets_N.sum() == 15 + 8
-    assert_sound(dataset, 6, 4, 5)
-    assert dataset.splits["val"].tolist() == [6, 7, 8, 9]
-    assert_same_pixels(dataset, paths)
-    assert pickle.loads(pickle.dumps(dataset)).identity() == dataset.identity()
-
-
-def test_voc_difficult_objects_are_not_counted(tmp_path):
-    devkit(tmp_path, {"train": ids(2007, 0, 4), "val": ids(2007, 10, 2)})
-    (tmp_path / "Annotations/2007_000001.xml").write_text(
-        annotation(("car", 1), ("dog", 1), ("dog", 0), ("person", 0), ("person", 1), ("cow", None))
-    )
-    row = open_dataset("voc", tmp_path).targets_N[1]
-    assert (row[CAR], row[DOG], row[PERSON], row[9]) == (-1, 1, 1, 1)
-    assert np.abs(row).sum() == 4
-
-
-def test_voc_years_are_joined(tmp_path):
-    old = {"train": ids(2007, 0, 10), "val": ids(2007, 10, 8), "test": ids(2007, 20, 6)}
-    paths = devkit(tmp_path / "VOCdevkit/VOC2007", old)
-    paths += devkit(tmp_path / "VOCdevkit/VOC2012", {"train": ids(2012, 0, 5), "val": ids(2012, 10, 3)})
-    dataset = open_dataset("voc", tmp_path)
-    assert_sound(dataset, 15, 11, 6)
-    assert dataset.splits["train"].tolist() == [*range(10), *range(24, 29)]
-    assert dataset.splits["test"].tolist() == list(range(18, 24))
-    assert_same_pixels(dataset, paths)
-    assert open_dataset("voc", tmp_path / "VOCdevkit").identity() == dataset.identity()
-    (tmp_path / "VOCdevkit/VOC2007/ImageSets/Main/test.txt").unlink()
-    dataset = open_dataset("voc", tmp_path, val_share=0.2)
-    assert_sound(dataset, 12, 3, 11)
-    assert dataset.splits["test"].tolist() == [*range(10, 18), *range(23, 26)]
-    assert_sound(open_dataset("voc", tmp_path / "VOCdevkit/VOC2012", val_share=0.2), 4, 1, 3)
-
-
-def test_voc_mistakes_name_the_place(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.root: .* has no VOCdevkit/VOC2007 or VOCdevkit/VOC2012, no VOC2007"):
-        open_dataset("voc", tmp_path)
-    devkit(tmp_path, {"train": ids(2007, 0, 3), "val": ids(2007, 10, 2), "test": ids(2007, 20, 2)})
-    main, xml = tmp_path / "ImageSets/Main", tmp_path / "Annotations/2007_000001.xml"
-
-    def refused(path: Path, content: str | bytes | None, match: str) -> None:
-        before = path.read_bytes()
-        path.unlink() if content is None else path.write_bytes(
-            content if isinstance(content, bytes) else content.encode()
-        )
-        with pytest.raises(ValueError, match=match):
-            open_dataset("voc", tmp_path)
-        path.write_bytes(before)
-
-    refused(main / "train.txt", None, r"cannot read .*train\.txt: No such file")
-    refused(main / "train.txt", "\n", r"train\.txt names no images")
-    for bad in ("../../x", "a b", "2007_000001.jpg", "ü"):
-        refused(main / "val.txt", f"2007_000010\n{bad}", r"val\.txt: '.*' is no image id")
-    refused(main / "test.txt", "2007_000001", r"test\.txt: the image 2007_000001 is already in train\.txt")
-    refused(main / "val.txt", "2007_000010\n2007_000010", r"val\.txt: the image 2007_000010 is already in val\.txt")
-    refused(xml, None, r"there is no annotation .*Annotations/2007_000001\.xml, for an image of train$")
-    refused(
-        tmp_path / "Annotations/2007_000020.xml", None, r"2007_000020\.xml, for an image of test; without .*test\.txt"
-    )
-    refused(xml, "<annotation>", r"cannot read .*2007_000001\.xml: no element found")
-    refused(xml, annotation(("unicorn", 0)), r"2007_000001\.xml: the object 'unicorn' is none of the 20 classes")
-    refused(xml, annotation(("", 0)), "the object '' is none")
-    refused(xml, " " * (1 << 20) + annotation(), r"2007_000001\.xml: an annotation has at most 1048576 bytes")
-    bomb = '<!DOCTYPE a [<!ENTITY b "dog">]>' + annotation(("&b;", 0))
-    refused(xml, bomb, r"2007_000001\.xml: an annotation has no DTD and no entities")
-    refused(xml, bomb.encode("utf-16"), r"cannot read .*2007_000001\.xml")
-    refused(xml, annotation(("&b;", 0)), r"cannot read .*2007_000001\.xml: undefined entity")
-    refused(tmp_path / "JPEGImages/2007_000010.jpg", None, r"there is no image .*2007_000010\.jpg; 1 of 7 are missing")
-    xml.parent.rename(tmp_path / "Other")
-    with pytest.raises(ValueError, match="has no folder Annotations; the devkit has"):
-        open_dataset("voc", tmp_path)

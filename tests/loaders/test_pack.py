@@ -28,7 +28,8 @@ from PIL import Image
 
 from . import samples
 from .jpegs import jpeg, photo
-from .test_more_datasets import devkit, ids, members, shard
+from .test_more_datasets import members, shard
+from .test_voc import devkit, ids
 
 ENDS = (".partial", ".partial.log", ".json.partial")
 
