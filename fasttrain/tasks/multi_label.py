@@ -55,7 +55,8 @@ class MultiLabel:
           equal scores being one step), mean over classes.
         * ``map_11point``: the same by VOC 2007's rule, see :func:`average_precision_11_point`.
         * ``sample_ap``: average precision of each image over the classes, mean over images that show a class. This is what
-          the published SSKT code calls AP; always naming the frequent classes gives a high one.
+          the published SSKT code calls AP (it counts classes of only difficult objects as not shown, here they are not
+          counted); always naming the frequent classes gives a high one.
 
         Classes that no image shows have no average precision and are left out of the means; :meth:`details` has None
         for them.
