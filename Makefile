@@ -1,17 +1,20 @@
 # Two commands on a fresh Linux machine: make demo, make test. Each sets up .venv by itself, once.
 #   make demo    trains a small network on real photographs with and without two teachers, and prints a table
 #   make test    everything that CI runs: lint, types, tests
+#   make methods KD, DML, MAXL and SSKT beside each other on two small data sets, on a CPU (docs/methods.md)
 #   make venv    only the environment for the tests        make lint    ruff and mypy
 #   make docs    docs made from the code and from results  make gpu     tests and benchmarks that need a CUDA device
 
 .DELETE_ON_ERROR:
-.PHONY: demo test venv lint docs gpu clean
+.PHONY: demo methods test venv lint docs gpu clean
 
 VENV := .venv
 PY ?= $(abspath $(VENV)/bin/python)
 SETUP := pyproject.toml setup.py scripts/venv.sh
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# the folder of Fashion-MNIST's idx files (Debian: apt-get install dataset-fashion-mnist)
+FASHION ?= /usr/share/datasets/fashion-mnist
 # a packed set for the loaders' benchmark on a GPU: make gpu DATA=FILE.beton
 DATA ?=
 # a packed set of videos for whole steps on clips: make gpu VIDEO=FILE.beton
@@ -23,6 +26,10 @@ ON_GPU = cd build/run && FASTTRAIN_REQUIRE_GPU=1 PYTHONPATH=../tree$(if $(PYTHON
 
 demo: $(VENV)/.demo-ready
 	$(VENV)/bin/fasttrain train demo $(DEMO_ARGS)
+
+methods: $(VENV)/.demo-ready
+	$(VENV)/bin/fasttrain train methods
+	$(VENV)/bin/fasttrain train methods-fashion --data.root $(FASHION)
 
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 $(TEST_ARGS)

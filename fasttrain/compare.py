@@ -160,6 +160,7 @@ def tabulate(recipe: Recipe, jobs: list[Job], summaries: list[dict[str, Any]], s
                 "std": stdev(figures[metric]) if len(mine) > 1 else None,
                 "seeds": len(mine),
                 "images_per_s": median(s["images_per_s"] for _, s in mine),
+                "train_seconds": median(s["train_seconds"] for _, s in mine),
                 "test": {k: {"mean": mean(v), "std": stdev(v) if len(v) > 1 else None} for k, v in figures.items()},
                 "val_mean": mean(s["val"][metric] for _, s in mine),
             }

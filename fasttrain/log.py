@@ -96,7 +96,7 @@ class RunLog:
         self._file.flush()
         if self._board is not None:
             for name, value in line.items():
-                if isinstance(value, (int, float)) and name not in ("step", "epoch"):
+                if isinstance(value, (int, float)) and name not in ("step", "epoch", "epochs"):
                     self._board.add_scalar(f"{line['kind']}/{name}", value, line["step"])
         self._watch(line)
 

@@ -15,13 +15,13 @@ class Watch:
     """Shows the lines of runs as they come; on a terminal as bars, elsewhere as plain lines at most every 15 seconds.
 
     Args:
-        recipe: for the number of epochs.
+        recipe: for what is learned from.
         console: where to.
         runs: how many there are.
     """
 
     def __init__(self, recipe: Recipe, console: Console, runs: int) -> None:
-        self.console, self.epochs, self.runs, self.unit = console, recipe.optim.epochs, runs, recipe.unit()
+        self.console, self.runs, self.unit = console, runs, recipe.unit()
         self.start, self.done = time.monotonic(), 0
         self.bars = Progress(
             TextColumn("{task.description}"),
@@ -78,7 +78,7 @@ class Watch:
             self.bars.update(self.tasks[label], completed=step / line["steps"], text=text)
         elif now - self.printed > 15:
             self.printed = now
-            self._print(f"{label}: epoch {line['epoch'] + 1} of {self.epochs}, {text}")
+            self._print(f"{label}: epoch {line['epoch'] + 1} of {line['epochs']}, {text}")
 
     def _done(self, label: str, line: dict[str, Any]) -> None:
         if label in self.tasks:

@@ -67,6 +67,24 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
+def method_tables() -> str:
+    """The newest results of the recipes ``methods`` and ``methods-fashion``, a table each."""
+    parts = []
+    for name, title in (("methods", "Solar cells (ELPV)"), ("methods-fashion", "Fashion-MNIST")):
+        path = max((ROOT / "benchmarks/results").glob(f"*-{name}-cpu.json"))
+        content = json.loads(path.read_text())
+        metric, machine = content["metric"], content["environment"]["machine"]
+        lines = [f"**{title}**", "", f"| | {metric.replace('_', ' ')} % | seconds of training |", "| --- | --- | --- |"]
+        lines += [
+            f"| {row['name']} | {plus_minus(row['test'][metric])} | {row['train_seconds']:.0f} |"
+            for row in content["rows"]
+        ]
+        said = f"Test split, mean ± standard deviation of {content['rows'][0]['seeds']} seeds; {machine['cpu']}, "
+        said += f"{content['side_by_side']} runs side by side, one thread each, torch {content['environment']['versions']['torch']}; "
+        parts += [*lines, "", f"{said}from `make methods`, kept in `{path.relative_to(ROOT)}`.", ""]
+    return "\n".join(parts[:-1])
+
+
 def kernel_table() -> str:
     """The newest CPU result of ``bench kernels``: a line for each shape, times eager's speed."""
     path = max((ROOT / "benchmarks/results").glob("*-kernels-cpu.json"))
@@ -193,6 +211,7 @@ def main() -> int:
         "docs/data.md": marked("docs/data.md", "loaders", loader_table()),
         "docs/sources.md": sources_page(),
         "docs/video.md": marked("docs/video.md", "video", video_table()),
+        "docs/methods.md": marked("docs/methods.md", "methods", method_tables()),
         "docs/kernels.md": marked("docs/kernels.md", "kernels", kernel_table()),
     }
     stale = [name for name, text in wanted.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]
