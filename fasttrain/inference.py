@@ -53,11 +53,10 @@ def open_run(name: str) -> tuple[Path, dict[str, Any]]:
         if not path.is_file():
             raise ValueError(f"{name} is no run's folder: it has no checkpoints/selected.pt")
     state = checkpoint.load(path)
-    tensors = state["target"]
     if state.get("average") is not None:  # last.pt has both; selected.pt has the average alone
         average = {k: v for k, v in state["average"].items() if k.startswith("module.")}
-        tensors = {k.removeprefix("module."): v for k, v in average.items()}
-    return path, state | {"target": {k: v for k, v in tensors.items() if not k.startswith("aux_heads.")}}
+        state |= {"target": {k.removeprefix("module."): v for k, v in average.items()}}
+    return path, checkpoint.without_heads(state)
 
 
 def alone(recipe: Recipe) -> Recipe:

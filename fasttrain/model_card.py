@@ -173,7 +173,10 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
         taught = f"weight of the teachers {method.weight:g} of 1, T = {method.temperature:g}"
         return [("distillation", taught), ("soft labels", _soft_labels(recipe))]
     if method.name == "dml":
-        return [("peers", ", ".join(method.peers) if method.peers else f"one {recipe.target.model}")]
+        peers = method.peers or [recipe.target.model]
+        started = method.peer_weights or [None] * len(peers)
+        said = [f"{p} from {_file_name(w)}" if w else p for p, w in zip(peers, started, strict=True)]
+        return [("peers", ", ".join(said))]
     if method.name == "maxl":
         learned = f"{method.generator}, lr {method.generator_lr:g}, gradient of {method.order} order"
         spread = f"{method.subclasses} sub-classes of each class, weight of the entropy {method.entropy:g}"

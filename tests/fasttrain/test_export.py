@@ -162,7 +162,9 @@ def test_what_the_card_says_of_other_runs(run):
     assert "weights w.pth" in named and "weights 0123" in named and "started from | v.pth" in named
     assert "/home/me" not in named
     assert "weight of the teachers 0.9 of 1, T = 4" in card("--method.name", "kd")
-    assert "peers | resnet32" in card("--method.name", "dml", "--method.peers", "[resnet32]")
+    peers = ("--method.name", "dml", "--method.peers", "[resnet32, resnet20]")
+    assert "peers | resnet32, resnet20" in card(*peers)
+    assert "peers | resnet32, resnet20 from p.pth" in card(*peers, "--method.peer_weights", "[null, /home/me/p.pth]")
     assert "5 sub-classes of each class" in card("--method.name", "maxl")
     modules = ("--transfer.module", "true", "--transfer.width", "48", "--transfer.loss", "kd")
     halved = card(*modules, "--transfer.kd_reduction", "mean")
