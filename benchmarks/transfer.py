@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     with torch.device("meta"):
         backbone = build_backbone(given.target)
         time = [given.frames] if backbone.dims == 3 else []
-        shapes = [t.shape[1:] for t in backbone(torch.empty(2, 3, *time, given.size, given.size))]
+        shapes = [t.shape[1:] for t in backbone(torch.empty(2, 3, *time, given.size, given.size))[0]]
     modules = nn.ModuleList(
         [
             TransferModule(backbone.tap_channels, backbone.transfer_width, classes, dims=backbone.dims)

@@ -1,7 +1,8 @@
 """Pretrained weights for a target's backbone.
 
-Files of these layouts fit, all by name: torchvision's state dicts; the checkpoints of Hara et al.'s 3D ResNets, old
-(``resnet-18-kinetics.pth``) and new (``r3d18_K_200ep.pth``); and our own (``checkpoints/selected.pt``).
+Files of these layouts fit by name: torchvision's and timm's state dicts; the checkpoints of Hara et al.'s 3D ResNets, old
+(``resnet-18-kinetics.pth``) and new (``r3d18_K_200ep.pth``); and our own (``checkpoints/selected.pt``). A file of one of
+timm's networks may also hold the same tensors in the same order under other names.
 """
 
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ from torch import Tensor
 from fasttrain.weights import Weights, find_file, is_library_name, read_weights
 
 from .backbone import Backbone
+from .timm_backbone import TimmBackbone
 
 _NAMED = 3  # tensors that a message names, of each kind
 
@@ -23,9 +25,9 @@ def load_backbone(backbone: Backbone, spec: str, sha256: str = "") -> str:
 
     Args:
         backbone: by ``build_backbone``.
-        spec: a file, ``package:MODULE``, or one of torchvision's names for weights of this network, such as
-            ``KINETICS400_V1``. Files with code in them are refused.
-        sha256: the file's SHA-256 or its first digits, to insist on.
+        spec: a file, ``package:MODULE``, or the library's name for weights of this network: torchvision's, such as
+            ``KINETICS400_V1``, or ``DEFAULT``, of timm too. Files with code in them are refused.
+        sha256: the file's SHA-256 or its first digits, to insist on; of timm's own weights, that of the tensors.
 
     Returns:
         What was loaded, with its SHA-256, for the log.
@@ -34,20 +36,26 @@ def load_backbone(backbone: Backbone, spec: str, sha256: str = "") -> str:
         ValueError: weights that cannot be found, fetched or read, have another SHA-256, or do not fit.
     """
     try:
-        path = _fetched(backbone, spec) if is_library_name(spec) else find_file(spec)
-        weights = read_weights(path, sha256)
+        if not is_library_name(spec):
+            weights = read_weights(find_file(spec), sha256)
+        elif isinstance(backbone, TimmBackbone):
+            weights = backbone.published(spec, sha256)
+        else:
+            weights = read_weights(_fetched(backbone, spec), sha256)
+        given, how = _of_a_target(weights.tensors), "by name"
+        if not given:
+            given, how = backbone.own_tensors(weights)
     except ValueError as error:
         raise ValueError(f"{'target.weights or target.sha256' if sha256 else 'target.weights'}: {error}") from None
-    given = _of_backbone(weights.tensors)
     _insist_on_fit(backbone, given, weights)
     backbone.load_state_dict(given, strict=False)  # strict but for the batch counters, which older files have not
-    name = f"{spec} ({path})" if str(path) != spec else spec
-    return f"{name}, {len(given)} tensors, SHA-256 {weights.sha256}"
+    name = f"{spec} ({weights.origin})" if weights.origin != spec else spec
+    return f"{name}, {len(given)} tensors {how}, SHA-256 {weights.sha256}"
 
 
 def _fetched(backbone: Backbone, name: str) -> Path:
     """torchvision's file, downloaded where torch.hub keeps such files, unless it is there."""
-    if not backbone.of_torchvision:
+    if backbone.library != "torchvision":
         raise ValueError(
             f"{name!r} is a name of torchvision's, which has no {backbone.name}; give a file or package:MODULE"
         )
@@ -68,10 +76,9 @@ def _fetched(backbone: Backbone, name: str) -> Path:
     return path
 
 
-def _of_backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without heads: what a target of ours has before them, or all but ``fc``, as torchvision and Hara et al. call it."""
-    ours = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
-    return ours or {k: v for k, v in tensors.items() if not k.startswith("fc.")}
+def _of_a_target(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a target of ours has before its heads; nothing, where these are another's tensors."""
+    return {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
 
 
 def _insist_on_fit(backbone: Backbone, given: dict[str, Tensor], weights: Weights) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .backbone import Backbone, outputs
+from .backbone import Backbone, Maps, outputs
 
 
 class ResNet(Backbone):
@@ -18,7 +18,7 @@ class ResNet(Backbone):
 
     transfer_width = 1000
     sections = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
-    of_torchvision = True
+    library = "torchvision"
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class ResNet(Backbone):
         self.tap_channels = tuple(planes * expansion for planes in (64, 128, 256, 512))
         self.feature_dim = network.fc.in_features
 
-    def forward(self, pixel_BCHW: Tensor) -> list[Tensor]:
+    def forward(self, pixel_BCHW: Tensor) -> Maps:
         x = self.maxpool(self.relu(self.bn1(self.conv1(pixel_BCHW))))
         return outputs((self.layer1, self.layer2, self.layer3, self.layer4), x)
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import Backbone, outputs
+from .backbone import Backbone, Maps, outputs
 
 Shortcut = Literal["A", "B"]
 
@@ -117,7 +117,7 @@ class ResNet3d(Backbone):
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, clip_BCTHW: Tensor) -> list[Tensor]:
+    def forward(self, clip_BCTHW: Tensor) -> Maps:
         x_BCTHW = F.relu(self.bn1(self.conv1(clip_BCTHW)), inplace=True)
         x_BCTHW = F.max_pool3d(x_BCTHW, 3, 2, 1)
         return outputs((self.layer1, self.layer2, self.layer3, self.layer4), x_BCTHW)

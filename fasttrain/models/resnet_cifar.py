@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import Backbone, outputs
+from .backbone import Backbone, Maps, outputs
 
 
 class _Block(nn.Module):
@@ -47,7 +47,7 @@ class ResNetCifar(Backbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
-    def forward(self, pixel_BCHW: Tensor) -> list[Tensor]:
+    def forward(self, pixel_BCHW: Tensor) -> Maps:
         x = F.relu(self.bn1(self.conv1(pixel_BCHW)), inplace=True)
         return outputs(self.stages, x)
 

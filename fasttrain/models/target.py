@@ -61,9 +61,13 @@ class Target(nn.Module):
 
     def forward(self, pixels: Tensor, aux: bool = False) -> TargetOutput:
         """Normalised pixels [B, 3, H, W], or clips [B, 3, T, H, W] -> the task's logits; with ``aux`` the auxiliary heads
-        run too."""
-        taps = self.backbone(pixels)
-        feature_BD = self.backbone.pool(taps[-1])
+        run too.
+
+        Raises:
+            ValueError: pixels of a size that the backbone cannot take.
+        """
+        taps, last = self.backbone(pixels)
+        feature_BD = self.backbone.pool(last)
         aux_logits_BC = None
         if aux and self.aux_heads:
             heads = list(self.aux_heads.values())

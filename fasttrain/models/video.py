@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .backbone import Backbone, outputs
+from .backbone import Backbone, Maps, outputs
 
 
 class VideoResNet(Backbone):
@@ -20,7 +20,7 @@ class VideoResNet(Backbone):
     dims = 3
     transfer_width = 1000
     sections = (("stem",), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
-    of_torchvision = True
+    library = "torchvision"
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class VideoResNet(Backbone):
         self.tap_channels = (64, 128, 256, 512)
         self.feature_dim = network.fc.in_features
 
-    def forward(self, clip_BCTHW: Tensor) -> list[Tensor]:
+    def forward(self, clip_BCTHW: Tensor) -> Maps:
         x_BCTHW = self.stem(clip_BCTHW)
         return outputs((self.layer1, self.layer2, self.layer3, self.layer4), x_BCTHW)
 

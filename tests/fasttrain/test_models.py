@@ -10,6 +10,7 @@ from fasttrain.recipe import Recipe, Target, Transfer
 from fasttrain.transfer import LinearHead, TransferModule
 
 from .test_models3d import MODELS_3D
+from .test_more_models import OF_TORCHVISION
 
 TWO = {"imagenet": 1000, "places": 365}
 # the published code's counts (10 classes): alone, linear heads, transfer modules
@@ -52,7 +53,7 @@ def test_parameter_counts_in_millions(model):
 
 
 def test_every_backbone_has_its_count():
-    assert {*COUNTS, *MILLIONS, *MODELS_3D} == set(BACKBONES)
+    assert {*COUNTS, *MILLIONS, *OF_TORCHVISION, *MODELS_3D} == set(BACKBONES)
 
 
 @pytest.mark.parametrize(
@@ -65,10 +66,10 @@ def test_every_backbone_has_its_count():
 )
 def test_taps(model, size, shapes):
     backbone = build_backbone(model).eval()
-    taps = backbone(torch.randn(2, 3, size, size))
+    taps, last = backbone(torch.randn(2, 3, size, size))
     assert [tuple(t.shape[1:]) for t in taps] == shapes
     assert tuple(t.shape[1] for t in taps) == backbone.tap_channels
-    assert backbone.pool(taps[-1]).shape == (2, backbone.feature_dim)
+    assert last is taps[-1] and backbone.pool(last).shape == (2, backbone.feature_dim)
     assert all((t >= 0).all() for t in taps)  # after the ReLU
 
 
@@ -88,10 +89,10 @@ def test_torchvisions_weights_fit():
     pixels = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         theirs(pixels)
-        taps = ours(pixels)
+        taps, last = ours(pixels)
     feature = outputs.pop("avgpool").flatten(1)
     assert all(torch.equal(a, b) for a, b in zip(taps, outputs.values(), strict=True))
-    assert feature.std() > 0.01 and torch.allclose(ours.pool(taps[-1]), feature, rtol=1e-5, atol=1e-6)
+    assert feature.std() > 0.01 and torch.allclose(ours.pool(last), feature, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("module", [False, True])
@@ -117,8 +118,8 @@ def test_auxiliary_heads_run_only_when_asked(module):
 def test_heads_are_side_by_side_in_the_sources_order():
     target = target_of().eval()
     pixels = torch.randn(2, 3, 24, 24)
-    taps = target.backbone(pixels)
-    feature = target.backbone.pool(taps[-1])
+    taps, last = target.backbone(pixels)
+    feature = target.backbone.pool(last)
     out = target(pixels, aux=True).aux_logits_BC
     assert torch.equal(out[:, :1000], target.aux_heads["imagenet"](taps, feature))
     assert torch.equal(out[:, 1000:], target.aux_heads["places"](taps, feature))

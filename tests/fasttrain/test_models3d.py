@@ -100,7 +100,7 @@ def test_taps(model):
     """Of 8 frames at 32 px; the last maps have become 1."""
     with torch.device("meta"):
         backbone = build_backbone(model)
-        taps = backbone(torch.empty(2, 3, 8, 32, 32))
+        taps, last = backbone(torch.empty(2, 3, 8, 32, 32))
     shapes, torchvisions = SHAPES, [(64, 8, 16, 16), (128, 4, 8, 8), (256, 2, 4, 4), (512, 1, 2, 2)]
     if model in OF_TORCHVISION:
         shapes = torchvisions if model != "mc3_18" else [(c, 8, s, s) for c, _, s, _ in torchvisions]
@@ -108,15 +108,15 @@ def test_taps(model):
         shapes = [(4 * c, *space) for c, *space in SHAPES]
     assert [tuple(t.shape[1:]) for t in taps] == shapes
     assert tuple(t.shape[1] for t in taps) == backbone.tap_channels
-    assert backbone.pool(taps[-1]).shape == (2, backbone.feature_dim)
+    assert last is taps[-1] and backbone.pool(last).shape == (2, backbone.feature_dim)
     assert (backbone.dims, backbone.transfer_width, backbone.name) == (3, 1000, model)
 
 
 @pytest.mark.parametrize(("frames", "size", "last"), [(16, 112, (1, 4, 4)), (1, 32, (1, 1, 1)), (5, 17, (1, 1, 1))])
 def test_any_length_and_size(frames, size, last):
     with torch.device("meta"):
-        taps = build_backbone("resnet3d18", width=0.125)(torch.empty(2, 3, frames, size, size))
-    assert taps[-1].shape == (2, 64, *last)
+        _, pooled = build_backbone("resnet3d18", width=0.125)(torch.empty(2, 3, frames, size, size))
+    assert pooled.shape == (2, 64, *last)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_network_written_out(model, shortcut):
     state = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in ours.state_dict().items()}
     clip = torch.randn(2, 3, 8, 32, 32, dtype=torch.float64)
     clips = [clip.clone().requires_grad_() for _ in (0, 1)]
-    found, expected = ours(clips[0]), functional(state, clips[1], 4 if "50" in model else 1, shortcut)
+    found, expected = ours(clips[0])[0], functional(state, clips[1], 4 if "50" in model else 1, shortcut)
     for taps in (found, expected):
         sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in taps).backward()
     for a, b in zip(found, expected, strict=True):
@@ -233,7 +233,7 @@ def test_shortcut_b_is_torchvisions_network_with_another_stem():
     clip = torch.randn(1, 3, 8, 32, 32)
     with torch.no_grad():
         theirs(clip)
-        taps = ours(clip)
+        taps, _ = ours(clip)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(taps, outputs, strict=True))
     assert taps[-1].std() > 0.01
 
@@ -260,7 +260,7 @@ def test_torchvisions_video_network_is_theirs():
     clip = torch.randn(1, 3, 4, 32, 32)
     with torch.no_grad():
         feature = theirs(clip)
-        assert feature.std() > 0.01 and torch.allclose(ours.pool(ours(clip)[-1]), feature, rtol=1e-5, atol=1e-6)
+        assert feature.std() > 0.01 and torch.allclose(ours.pool(ours(clip)[1]), feature, rtol=1e-5, atol=1e-6)
 
 
 def test_initialisation():
@@ -298,7 +298,7 @@ def test_channels_last():
         assert convs and all(c.weight.is_contiguous(memory_format=format_) for c in convs)
         pixels = torch.randn(shape)
         last = pixels.contiguous(memory_format=format_)
-        assert changed.backbone(last)[0].is_contiguous(memory_format=format_)
+        assert changed.backbone(last)[0][0].is_contiguous(memory_format=format_)
         assert torch.allclose(changed(last, aux=True).aux_logits_BC, target(pixels, aux=True).aux_logits_BC, atol=1e-4)
 
 
