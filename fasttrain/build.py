@@ -139,6 +139,9 @@ def build(recipe: Recipe) -> Parts:
     target = build_target(recipe, task.head_size, kind.heads(recipe, task.classes))
     _same_dims(recipe, target)
     companions = kind.networks(recipe, task.classes)
+    for network in (target, *companions.values()):
+        for side in {recipe.data.size, recipe.data.grow_from or recipe.data.size}:
+            network.backbone.check_size(side, side)  # type: ignore[union-attr, operator]
     kind.load(recipe, companions)
     log += [f"{name}: {_of(network)}" for name, network in companions.items()]
     log += [f"target: {recipe.target.model} from {target.origin}"] if recipe.target.weights else []

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from fasttrain.kernels import network_input
 from fasttrain.recipe import Source
-from fasttrain.weights import find_file, is_library_name, read_weights
-
-from .weights import digest_of, fit
+from fasttrain.weights import digest_of, find_file, fit, is_library_name, read_weights
 
 
 class SourceNetwork(nn.Module):

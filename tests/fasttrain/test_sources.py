@@ -10,8 +10,7 @@ from torch import nn
 
 from fasttrain.recipe import Source
 from fasttrain.sources import open_source
-from fasttrain.sources.weights import fit
-from fasttrain.weights import Weights, find_file, read_weights
+from fasttrain.weights import Weights, find_file, fit, read_weights
 
 LITE0 = Source(
     name="lite0",
