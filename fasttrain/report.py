@@ -1,25 +1,21 @@
-"""report.html: one self-contained page with the table, the curves, and what the figures were made on."""
+"""report.html: one self-contained page with the table, the curves, what was confused and looked at, and how it was made."""
 
-import base64
 import html
-import io
-from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import numpy as np
-
-from .build import loader_specs, open_data
+from . import figures
+from .figures import figure_name
 from .files import write_text
-from .loaders import open_loader
 from .log import read_lines
 from .recipe import Recipe, to_yaml
+from .report_data import data_sections
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2733 }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .9rem; border-bottom: 1px solid #d5dbe3 }
-td, th { text-align: right } td:first-child, th:first-child { text-align: left }
+td, th { text-align: right } td:first-child, th:first-child, table.words td, table.words th { text-align: left }
 img { max-width: 100%; margin: .5rem 0 } pre { background: #f3f5f8; padding: 1rem; overflow-x: auto; font-size: 13px }
 p.small { color: #5b6878; font-size: 14px }
 """
@@ -32,21 +28,25 @@ def write(path: Path, recipe: Recipe, table: dict[str, Any], jobs: list, summari
         path: of the file.
         recipe: as it was run.
         table: from :func:`fasttrain.compare.tabulate`.
-        jobs: the runs, each with ``row``, ``label`` and ``folder``.
+        jobs: the runs, each with ``row``, ``label``, ``recipe`` and ``folder``.
         summaries: their summaries, in the same order.
     """
     machine, versions = table["environment"]["machine"], table["environment"]["versions"]
     gpu = ", ".join(machine["gpu"]) or "no GPU"
+    metrics = [s["metric"] for s in summaries]
+    selects = dict.fromkeys("test" if job.recipe.run.protocol == "paper" else "validation" for job in jobs)
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{_e(recipe.name)}</title><style>{_STYLE}</style>",
         f"<h1>{_e(recipe.name)}</h1>",
         "<h2>Test split</h2>",
-        _table(table),
-        f"<p class=small>{_e(table['metric'].replace('_', ' '))} is what weights were selected by, on the validation "
-        f"split; the test split was looked at once per run. {_runs(table)}</p>",
+        _table(table, list(dict.fromkeys(metrics))),
+        f"<p class=small>{_e(_selection(jobs, metrics))} {_runs(table)}</p>",
+        "<h2>Methods</h2>",
+        _methods(jobs),
         "<h2>Curves</h2>",
-        _curves(jobs, table["metric"]),
-        *_clip(recipe),
+        figures.curves(jobs, metrics, " or ".join(selects)),
+        *_cosines(jobs),
+        *data_sections(jobs, summaries),
         "<h2>Where the time went</h2>",
         _times(jobs, summaries),
         "<h2>Sources and data</h2>",
@@ -69,10 +69,35 @@ def _runs(table: dict[str, Any]) -> str:
     return f"Speeds are of one run while {count} trained side by side." if count > 1 else ""
 
 
-def _table(table: dict[str, Any]) -> str:
+def _selection(jobs: list, metrics: list[str]) -> str:
+    """Which weights were tested, and what the test split had to do with it; of which rows, if not of all."""
+    rows_by_text: dict[str, list[str]] = {}
+    for job, metric in zip(jobs, metrics, strict=True):
+        run = job.recipe.run
+        if run.protocol == "paper" and run.select == "best":
+            text = (
+                f"Weights were selected by {figure_name(metric)} on the test split itself, as in the paper, and nothing was held "
+                "out for validation: the figures are too good by what selecting gains."
+            )
+        elif run.protocol == "paper":
+            text = "Weights are the last epoch's. Nothing was held out; the test split, looked at in training, chose nothing."
+        elif run.select == "best":
+            text = (
+                f"Weights were selected by {figure_name(metric)} on the validation split; the test split was looked at once "
+                "per run."
+            )
+        else:
+            text = "Weights are the last epoch's; the test split was looked at once per run."
+        rows_by_text.setdefault(text, []).append(job.row)
+    if len(rows_by_text) == 1:
+        return next(iter(rows_by_text))
+    return " ".join(f"{', '.join(dict.fromkeys(rows))}: {text}" for text, rows in rows_by_text.items())
+
+
+def _table(table: dict[str, Any], metrics: list[str]) -> str:
     names = list(dict.fromkeys(name for row in table["rows"] for name in row["test"]))
-    names.sort(key=lambda k: (k != table["metric"], k == "loss"))
-    head = "".join(f"<th>{_e(n.replace('_', ' '))}{'' if n == 'loss' else ' %'}" for n in names)
+    names.sort(key=lambda k: (metrics.index(k) if k in metrics else len(metrics), k == "loss"))
+    head = "".join(f"<th>{_e(figure_name(n))}{'' if n == 'loss' else ' %'}" for n in names)
     rows = []
     for row in table["rows"]:
         cells = "".join(f"<td>{_figure(row['test'].get(n))}" for n in names)
@@ -86,6 +111,69 @@ def _figure(value: dict[str, Any] | None) -> str:
     return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
 
 
+def _methods(jobs: list) -> str:
+    """Of each row: its target, its method and the method's own fields."""
+    rows = []
+    for row in dict.fromkeys(job.row for job in jobs):
+        recipe = next(job.recipe for job in jobs if job.row == row)  # of the first seed
+        target = recipe.target.model + (f" from {_place(recipe.target.weights)}" if recipe.target.weights else "")
+        cells = (row, target, recipe.method.name, _fields(recipe))
+        rows.append("<tr>" + "".join(f"<td>{_e(cell)}" for cell in cells))
+    return f"<table class=words><tr><th><th>target<th>method<th>{''.join(rows)}</table>"
+
+
+def _place(weights: str) -> str:
+    """Where weights are from, without the folders that lead there: a file, or a run."""
+    path = Path(weights)
+    return path.name if path.name != "selected.pt" else "/".join(path.parent.parent.parts[-2:])
+
+
+def _fields(recipe: Recipe) -> str:
+    method, transfer = recipe.method, recipe.transfer
+    taught = ", ".join(f"{s.name} ({s.model})" for s in recipe.chosen_sources())
+    if method.name == "sskt":
+        heads = f"transfer modules ({transfer.combine} of the branches)" if transfer.module else "linear heads"
+        loss = "divergence over the class count" if transfer.kd_reduction == "mean" else "divergence"
+        loss = "cross entropy" if transfer.loss == "ce" else loss
+        return f"sources {taught}; {heads}; {loss} at T = {transfer.temperature:g}, alpha = {transfer.alpha:g}"
+    if method.name == "kd":
+        return f"teachers {taught}; T = {method.temperature:g}, weight {method.weight:g} of 1"
+    if method.name == "dml":
+        peers = [recipe.target.model] if method.peers is None else method.peers
+        weights = [None] * len(peers) if method.peer_weights is None else method.peer_weights
+        started = [f"{p} from {_place(w)}" if w else p for p, w in zip(peers, weights, strict=False)]
+        return f"peers {', '.join(started)}"
+    if method.name == "maxl":
+        return (
+            f"generator {method.generator}, lr {method.generator_lr:g}; {method.subclasses} sub-classes of each class, entropy "
+            f"{method.entropy:g}; gradient of {method.order} order"
+        )
+    return "labels alone"
+
+
+def _cosines(jobs: list) -> list[str]:
+    """Where ``run.cosine_every`` had them measured: curves, and a line for each row and auxiliary loss."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for job in jobs:
+        for line in read_lines(job.folder, "step"):
+            for field in line:
+                if field.startswith("cosine/"):
+                    values.setdefault((job.row, field.removeprefix("cosine/")), []).append(line[field])
+    if not values:
+        return []
+    rows = "".join(
+        f"<tr><td>{_e(row)}<td>{_e(name)}<td>{mean(its):+.3f}<td>{100 * mean(v < 0 for v in its):.0f}"
+        for (row, name), its in values.items()
+    )
+    return [
+        "<h2>Gradient cosines</h2>",
+        "<p>Between the gradients of the task's loss and of each auxiliary loss, by the backbone's parameters: above 0 a step "
+        "along one helps the other, below 0 it hinders it. Points are means of what was measured since the one before.</p>",
+        figures.cosines(jobs, list(dict.fromkeys(name for _, name in values))),
+        f"<table><tr><th><th>auxiliary loss<th>mean cosine<th>points below 0, %{rows}</table>",
+    ]
+
+
 def _times(jobs: list, summaries: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(k for s in summaries for k in s["time_share_percent"]))
     head = "".join(f"<th>{_e(n)} %" for n in names)
@@ -96,58 +184,3 @@ def _times(jobs: list, summaries: list[dict[str, Any]]) -> str:
     said = dict.fromkeys(f"{job.row}: {s['advice']}" for job, s in zip(jobs, summaries, strict=True) if s.get("advice"))
     advice = "".join(f"<p>{_e(text)}</p>" for text in said)
     return f"<table><tr><th>{head}<th>seconds of training{''.join(rows)}</table>{advice}"
-
-
-def _clip(recipe: Recipe) -> list[str]:
-    """The first clip that was learned from, and what the sources saw of it; nothing of a recipe of images."""
-    if not recipe.data.frames:
-        return []
-    from matplotlib.figure import Figure
-
-    dataset = open_data(recipe)
-    spec, _ = loader_specs(recipe, dataset)
-    still = recipe.transfer.still if recipe.chosen_sources() else 0
-    with closing(open_loader("video", replace(spec, batch=1, still=still, drop_last=False), workers=1)) as loader:
-        batch = next(iter(loader))
-    shown_T = np.unique(np.linspace(0, recipe.data.frames - 1, 8).round().astype(int))
-    pictures = [(f"frame {t}", batch.pixels[0, :, t]) for t in shown_T.tolist()]
-    if recipe.chosen_sources():
-        side = f"{still} px" if still else "enlarged"
-        shown = batch.images if batch.still is None else batch.still
-        pictures.append((f"f_s: frame {recipe.data.frames // 2}, {side}", shown[0]))
-    figure = Figure(figsize=(11, 1.7), dpi=110, layout="constrained")
-    for axis, (title, pixel_CHW) in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
-        axis.imshow(pixel_CHW.permute(1, 2, 0).numpy())
-        axis.set_title(title, fontsize=7)
-        axis.axis("off")
-    name = _e(dataset.classes[int(batch.targets[0])])
-    said = f"<p>The first clip of the training ({name}) as the target saw it, and the frame that the sources saw.</p>"
-    return ["<h2>A clip</h2>", said, _embedded(figure, "frames of a clip")]
-
-
-def _embedded(figure: Any, name: str) -> str:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'
-
-
-def _curves(jobs: list, metric: str) -> str:
-    """Training loss of the task and the selecting figure on the validation split, a colour a row, a line a seed."""
-    from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(11, 3.8), dpi=110, layout="constrained")
-    axes = figure.subplots(1, 2)
-    rows = list(dict.fromkeys(j.row for j in jobs))
-    for job in jobs:
-        colour, first = f"C{rows.index(job.row)}", job is next(j for j in jobs if j.row == job.row)
-        for axis, kind, field in ((axes[0], "step", "primary"), (axes[1], "eval", metric)):
-            lines = read_lines(job.folder, kind)
-            x, y = [line["step"] for line in lines], [line[field] for line in lines]
-            axis.plot(
-                x, y, colour, marker="." if len(x) < 3 else "", label=job.row if first else None, alpha=0.75, lw=1.3
-            )
-    for axis, title in ((axes[0], "task loss, training"), (axes[1], f"{metric.replace('_', ' ')} %, validation")):
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    return _embedded(figure, "curves")

@@ -20,6 +20,7 @@ from . import checkpoint, interrupts
 from .advice import advise
 from .build import Parts
 from .cosine import gradient_cosines
+from .details import condensed
 from .environment import environment
 from .files import remove_unfinished, write_json, write_text
 from .kernels import network_input
@@ -271,12 +272,14 @@ class Trainer:
         selected = self.folder / "checkpoints" / "selected.pt"
         checkpoint.load_target(self.target, checkpoint.load(selected), selected, self.parts.dataset.classes)
         self.average = None
+        test, details = evaluate_in_detail(self.parts, self.target, "test")
         summary = {
             "name": self.recipe.name,
             "metric": self.metric,
             "selected_epoch": self.best["epoch"],
             "val": self.best["val"],
-            "test": self.evaluate("test"),
+            "test": test,
+            "details": details,
             "images_per_s": median(self.speeds) if self.speeds else self._mean_speed(),
             "train_seconds": self.train_seconds,
             "time_share_percent": shares(self.clock.seconds),
@@ -398,9 +401,29 @@ def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimiser.param_groups for p in group["params"]]
 
 
-@torch.no_grad()
 def evaluate(parts: Parts, target: torch.nn.Module, split: str) -> dict[str, float]:
     """The task's figures on a split, under the run's precision."""
+    return _figures(parts, *_answers(parts, target, split))
+
+
+def evaluate_in_detail(parts: Parts, target: torch.nn.Module, split: str) -> tuple[dict[str, float], dict[str, Any]]:
+    """What :func:`evaluate` gives, and what a report shows besides: the task's ``details``, condensed."""
+    logits_NK, targets_N, index_N = _answers(parts, target, split)
+    figures = _figures(parts, logits_NK, targets_N, index_N)
+    if parts.recipe.data.frames:
+        logits_NK, targets_N = parts.task.by_video(logits_NK, targets_N, index_N)
+    return figures, condensed(parts.task.details(logits_NK, targets_N))
+
+
+def _figures(parts: Parts, logits_NK: Tensor, targets_N: Tensor, index_N: Tensor) -> dict[str, float]:
+    if parts.recipe.data.frames:
+        return parts.task.evaluate_videos(logits_NK, targets_N, index_N)
+    return parts.task.evaluate(logits_NK, targets_N)
+
+
+@torch.no_grad()
+def _answers(parts: Parts, target: torch.nn.Module, split: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, K], targets and indices of a split's samples, of clips one each."""
     target.eval()
     mean, std = (torch.tensor(v, device=parts.device) for v in (parts.recipe.data.mean, parts.recipe.data.std))
     logits, targets, index = [], [], []
@@ -412,6 +435,4 @@ def evaluate(parts: Parts, target: torch.nn.Module, split: str) -> dict[str, flo
             targets.append(batch.targets)
             index.append(batch.index)
             interrupts.check()
-    if loader.spec.clip is not None:
-        return parts.task.evaluate_videos(torch.cat(logits), torch.cat(targets), torch.cat(index))
-    return parts.task.evaluate(torch.cat(logits), torch.cat(targets))
+    return torch.cat(logits), torch.cat(targets), torch.cat(index)
