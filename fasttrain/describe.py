@@ -30,7 +30,7 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
     content: dict[str, Any] = {"name": recipe.name, "device": str(device)}
     content["precision"] = f"{str(dtype).removeprefix('torch.')} ({why})"
     sources = {s.name: s.classes for s in recipe.chosen_sources()}
-    kind = method_of(recipe) if source_classes is None else None
+    method = method_of(recipe) if source_classes is None else None
     if source_classes is not None:
         sources = {f"source{i + 1}": c for i, c in enumerate(source_classes)}
     classes = recipe.target.classes
@@ -47,9 +47,9 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
                 recipe, len(spec.index_N), choose_source_dtype(recipe.transfer.precision, dtype, device)
             )
     with torch.device("meta"):
-        heads = sources if kind is None else kind.heads(recipe, classes)
+        heads = sources if method is None else method.heads(recipe, classes)
         target = build_target(recipe, classes, heads, weights=False)
-        others = {} if kind is None else kind.networks(recipe, classes)
+        others = {} if method is None else method.networks(recipe, classes)
         target.together = None  # merged weights would be counted as activations, and grouped gradients M times
     every = sum(p.numel() for p in target.parameters())
     alone = every - sum(p.numel() for p in target.aux_heads.parameters())

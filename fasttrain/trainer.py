@@ -322,6 +322,7 @@ class Trainer:
         told["advice"] = self._advice(lately)
         position = {
             "epoch": self.epoch,
+            "epochs": self.recipe.optim.epochs,
             "step": self.step,
             "steps": self.schedule.steps * len(self.method.passes),
             "lr": self.schedule.lr(self._last_place),
