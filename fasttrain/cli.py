@@ -22,6 +22,8 @@ usage: fasttrain COMMAND ...
                                          ONNX (.onnx), or all of them in a folder, with a model card (--json)
   pack DATASET --root DIR --out FILE     one .beton of images or videos, each of them checked (`fasttrain pack -h`)
   cache RECIPE [--field value ...]       soft labels ahead of a run (`fasttrain cache -h`)
+  table N [--rows PATTERN,..] [--data-root DIR] [--budget full|smoke] [--list] [--field value ...]
+                                         a table of the paper, 2 to 8 or fig4: ours beside theirs (`fasttrain table -h`)
   bench loaders|video|kernels|sources|transfer|step [--json FILE]
                                              speed beside others' in the same run (`fasttrain bench loaders -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
@@ -176,6 +178,20 @@ def _part(text: str) -> tuple[int, int]:
     return int(number) - 1, int(count)
 
 
+def _table(given: list[str]) -> int:
+    from . import tables
+
+    if _asks_help(given):
+        print(tables.__doc__)
+        return 0
+    given, listed = _flag(given, "--list")
+    options = {}
+    for name in tables.OPTIONS:
+        given, options[name] = _option(given, f"--{name}")
+    number, overrides = _name(given)
+    return tables.main(number, options, listed, overrides)
+
+
 def _bench(given: list[str]) -> int:
     suite, rest = _name(given)
     if suite not in SUITES:
@@ -210,6 +226,7 @@ _GOES_ON = {
     "train": "; the same command goes on from the last checkpoint",
     "pack": "; the same command goes on where it was",
     "cache": "; the same command goes on where it was",
+    "table": "; the same command goes on from the last checkpoint",
 }
 SUITES = ("kernels", "loaders", "sources", "step", "transfer", "video")
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
@@ -220,6 +237,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": _export,
     "pack": _pack,
     "cache": _cache,
+    "table": _table,
     "bench": _bench,
     "doctor": _doctor,
 }

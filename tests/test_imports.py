@@ -18,6 +18,7 @@ FORBIDDEN = {
     "fasttrain/methods": {"trainer", "compare", "cli", "show", "report", "build"},
     "fasttrain/tasks": {"trainer", "compare", "cli", "show", "report", "build", "methods", "models", "sources"},
     "fasttrain/trainer.py": {"cli", "compare", "show", "report", "doctor", "describe"},
+    "fasttrain/tables": {"cli", "trainer", "methods", "transfer", "doctor"},
     "fasttrain/recipe.py": {"trainer", "compare", "cli", "show", "report", "build", "methods", "models", "sources"},
 }
 
