@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from . import interrupts, report
-from .build import Parts, build, ground
+from .build import Parts, build, ground, open_data
 from .device import choose_device, set_up
 from .files import write_json
 from .log import Watcher
 from .recipe import Recipe, row
 from .sources import RecalledSources
+from .trained import TRAINED, insist_on_fit
 from .trainer import Trainer
 
 _ROW = "row:"
@@ -73,6 +74,8 @@ def _rows_used(recipe: Recipe, rows: dict[str, Recipe], name: str) -> set[str]:
     """
     named = [("target.weights", recipe.target.weights or "")]
     named += [(f"sources: {s.name}: weights", s.weights) for s in recipe.chosen_sources()]
+    if recipe.method.name == "dml":
+        named += [("method.peer_weights", weights or "") for weights in recipe.method.peer_weights or []]
     used = {}
     for field, weights in named:
         if weights.startswith(_ROW):
@@ -88,16 +91,19 @@ def _with_weights_of(recipe: Recipe, folders: dict[str, str]) -> Recipe:
     if not folders:
         return recipe
 
-    def found(weights: str) -> str:
-        return folders.get(weights.removeprefix(_ROW), weights) if weights.startswith(_ROW) else weights
+    def found(weights: str, place: str = "") -> str:
+        folder = folders.get(weights.removeprefix(_ROW)) if weights.startswith(_ROW) else None
+        return weights if folder is None else folder + place
 
-    weights = recipe.target.weights
-    if weights is not None and found(weights) != weights:
-        weights = f"{found(weights)}/checkpoints/selected.pt"
+    def of_backbone(weights: str | None) -> str | None:
+        return None if weights is None else found(weights, "/checkpoints/selected.pt")
+
+    peers = recipe.method.peer_weights
     return replace(
         recipe,
-        target=replace(recipe.target, weights=weights),
+        target=replace(recipe.target, weights=of_backbone(recipe.target.weights)),
         sources=[replace(s, weights=found(s.weights)) for s in recipe.sources],
+        method=replace(recipe.method, peer_weights=None if peers is None else [of_backbone(w) for w in peers]),
     )
 
 
@@ -189,21 +195,32 @@ def run_jobs(
     """
     found: dict[Path, dict[str, Any]] = {}
     first = True
-    for wave in _waves(jobs):
+    waves = _waves(jobs)
+    _check_later(waves)
+    for wave in waves:
         count = min(parallel, len(wave))
         if count > 1:
             summaries = _side_by_side(wave, count, recall, watch)
         else:
             if len(jobs) > 1 and first:  # every row's mistakes come to light before the first is trained
-                for job in first_of_each_row(jobs):
-                    if job in wave:
-                        _built(job)
-                    else:
-                        ground(job.recipe)
+                for job in first_of_each_row(wave):
+                    _built(job)
             summaries = [_train(job, recall, partial(watch, job.label)) for job in wave]
         first = False
         found |= {job.folder: summary for job, summary in zip(wave, summaries, strict=True)}
     return [found[job.folder] for job in jobs]
+
+
+def _check_later(waves: list[list[Job]]) -> None:
+    """What can be found wrong with runs that need others, before those are trained."""
+    by_folder = {job.folder: job for wave in waves for job in wave}
+    for job in first_of_each_row([job for wave in waves[1:] for job in wave]):
+        ground(job.recipe)
+        for source in job.recipe.chosen_sources():
+            other = by_folder.get(Path(source.weights))
+            if source.model == TRAINED and other is not None:
+                classes = len(open_data(other.recipe).classes)
+                insist_on_fit(source, other.recipe, classes, f"the row {other.row}")
 
 
 def _train(job: Job, recall: Path, watch: Watcher) -> dict[str, Any]:

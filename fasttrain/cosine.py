@@ -25,9 +25,9 @@ def gradient_cosines(
         target, x, targets, soft: as for :meth:`fasttrain.methods.Method.step`.
 
     Returns:
-        A float32 scalar for each auxiliary loss, by its name without ``aux/``; none for a method without any. No cosine is
-        with a gradient of 0, of a frozen backbone, say; it is 0 then. Training goes on as if nothing had been measured:
-        networks, their running statistics and the random state stay as they are.
+        A float32 scalar for each auxiliary loss, by its name without ``aux/`` (empty for a method without any); 0 where a
+        gradient is 0, as of a backbone all of which is frozen. Training goes on as if nothing had been measured: networks,
+        their running statistics and the random state stay as they are.
     """
     parameters = [p for p in target.backbone.parameters() if p.requires_grad]
     with _unchanged((target, method.companions), x.device):

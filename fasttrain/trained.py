@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .models import Target, build_backbone
-from .recipe import Source, from_dict
+from .recipe import Recipe, Source, from_dict
 from .sources import SourceNetwork
 
 TRAINED = "fasttrain"  # what Source.model calls them
@@ -25,17 +25,7 @@ def open_trained(spec: Source) -> SourceNetwork:
     path = selected(spec.weights, f"sources: {spec.name}")
     state = checkpoint.load(path)
     recipe = from_dict(state["recipe"])
-    facts = {
-        "classes": (spec.classes, len(state["classes"])),
-        "size": (spec.size, recipe.data.size),
-        "mean": (list(spec.mean), list(recipe.data.mean)),
-        "std": (list(spec.std), list(recipe.data.std)),
-    }
-    for field, (given, its) in facts.items():
-        if given != its:
-            raise ValueError(f"sources: {spec.name} has {field} {given}, but the run in {path} was trained with {its}")
-    if recipe.data.frames:
-        raise ValueError(f"sources: {spec.name}: the run in {path} was trained on clips; sources see images")
+    insist_on_fit(spec, recipe, len(state["classes"]), f"the run in {path}")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if spec.sha256 and not sha256.startswith(spec.sha256.lower()):
         raise ValueError(f"sources: {spec.name}: {path} has the SHA-256 {sha256}, not {spec.sha256}")
@@ -44,6 +34,30 @@ def open_trained(spec: Source) -> SourceNetwork:
     checkpoint.load_target(target, checkpoint.without_heads(state), path, tuple(state["classes"]))
     target.channels_last()
     return SourceNetwork(spec, _Logits(target), sha256, str(path))
+
+
+def insist_on_fit(spec: Source, recipe: Recipe, classes: int, what: str) -> None:
+    """Insists that a source is shown what the run it comes from was trained on.
+
+    Args:
+        recipe: of that run.
+        classes: of its data set.
+        what: to call the run.
+
+    Raises:
+        ValueError: ``spec`` says something else of its classes, size, mean or std than the run, or the run saw clips.
+    """
+    facts = {
+        "classes": (spec.classes, classes),
+        "size": (spec.size, recipe.data.size),
+        "mean": (list(spec.mean), list(recipe.data.mean)),
+        "std": (list(spec.std), list(recipe.data.std)),
+    }
+    for field, (given, its) in facts.items():
+        if given != its:
+            raise ValueError(f"sources: {spec.name} has {field} {given}, but {what} was trained with {its}")
+    if recipe.data.frames:
+        raise ValueError(f"sources: {spec.name}: {what} was trained on clips; sources see images")
 
 
 def selected(name: str, what: str) -> Path:

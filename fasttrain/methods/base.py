@@ -148,6 +148,4 @@ def companion(recipe: Recipe, *, field: str, model: str, classes: int) -> Target
     if (backbone.dims == 3) != (recipe.data.frames > 0):
         takes, sees = ("clips", "images") if backbone.dims == 3 else ("images", "clips")
         raise ValueError(f"{field}: {model} takes {takes}, but with data.frames {recipe.data.frames} there are {sees}")
-    size = recipe.data.grow_from or recipe.data.size
-    backbone.check_size(size, size)
     return Target(backbone, classes)

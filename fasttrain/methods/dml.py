@@ -1,5 +1,6 @@
 """Deep mutual learning: networks that are trained side by side, each following what the others say."""
 
+import torch
 from torch import Tensor, nn
 
 from fasttrain.models import Target, load_backbone
@@ -46,16 +47,16 @@ class Dml(Method):
         networks = {"target": target, **self.companions}
         logits = {name: self.ask(network, x).logits_BK for name, network in networks.items()}
         out: dict[str, Tensor] = {}
-        total: Tensor | float = 0.0
+        losses = []
         for name, own_BK in logits.items():
             task = self.task.loss(own_BK, targets)
             follow = {n: self.task.soft_loss(own_BK, l_BK.detach(), 1.0) for n, l_BK in logits.items() if n != name}
-            total = total + task + sum(follow.values()) / len(follow)
+            losses += [task, torch.stack(list(follow.values())).mean()]
             if name == "target":
                 out |= {"primary": task} | {f"aux/{n}": value for n, value in follow.items()}
             else:
                 out[f"primary/{name}"] = task
-        return {"loss": total} | out  # type: ignore[dict-item]
+        return {"loss": torch.stack(losses).sum()} | out
 
 
 def peer_models(recipe: Recipe) -> list[str]:

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, K classes, S all sub-classes (K times ``method.subclasses``), C either.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -50,6 +51,8 @@ class Maxl(Method):
             raise ValueError(_NO_FP16)
         self.method, self.optim_spec = setting.recipe.method, setting.recipe.optim
         self.generator = self.companions["generator"]
+        if self.method.order == "second":
+            _load_forward_derivatives()
 
     @classmethod
     def check(cls, recipe: Recipe, task: Task) -> None:
@@ -187,6 +190,13 @@ def _descent(loss: Tensor, theta: dict[str, Tensor], rate: dict[str, float]) -> 
         name: torch.zeros_like(p) if g is None else -rate[name] * g
         for (name, p), g in zip(theta.items(), found, strict=True)
     }
+
+
+def _load_forward_derivatives() -> None:
+    """PyTorch does so at their first use, with a warning of its own about ``torch.jit.script``."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", FutureWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 @contextmanager
