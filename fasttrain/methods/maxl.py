@@ -102,9 +102,14 @@ class Maxl(Method):
 
     def other_step(self, number: int, target: Target, x: Tensor, targets: Tensor, lr: float) -> dict[str, Tensor]:
         label_BS = self.labels(x, targets)
+        draws = _Draws(x.device)
         primary, way = self._look_ahead(target, x, targets, label_BS.detach(), lr)
-        change = self._exact_change if self.method.order == "second" else self._measured_change
-        by_label = (label_BS * change(target, x, way)).sum(1).mean()
+        if self.method.order == "second":
+            with draws.again():
+                change_BS = self._exact_change(target, x, way)
+        else:
+            change_BS = self._measured_change(target, x, way, draws)
+        by_label = (label_BS * change_BS).sum(1).mean()
         mean_S = label_BS.mean(0)
         entropy = (mean_S * mean_S.clamp_min(1e-20).log()).sum()
         loss = primary + (by_label - by_label.detach()) + self.method.entropy * entropy
@@ -145,13 +150,13 @@ class Maxl(Method):
         return change_BS
 
     @torch.no_grad()
-    def _measured_change(self, target: Target, x: Tensor, way: dict[str, Tensor]) -> Tensor:
+    def _measured_change(self, target: Target, x: Tensor, way: dict[str, Tensor], draws: "_Draws") -> Tensor:
         """The same by a central difference, over a length of 0.02 in the parameters."""
         share = 0.01 / torch.stack([w.norm() for w in way.values()]).norm().clamp_min(1e-12)
         sides = []
         for sign in (1, -1):
             moved = {name: target.get_parameter(name) + sign * share * w for name, w in way.items()}
-            with _all_of_float32():
+            with _all_of_float32(), draws.again():
                 output = torch.func.functional_call(target, moved | _buffers(target), (x,), {"aux": True})
             sides.append(focal_cost(output.aux_logits_BC))
         return (sides[0] - sides[1]) / (2 * share)
@@ -190,6 +195,23 @@ def _descent(loss: Tensor, theta: dict[str, Tensor], rate: dict[str, float]) -> 
         name: torch.zeros_like(p) if g is None else -rate[name] * g
         for (name, p), g in zip(theta.items(), found, strict=True)
     }
+
+
+class _Draws:
+    """The random numbers that come next on a device, to be drawn once more: dropout then drops the same."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._devices = [device] if device.type == "cuda" else []
+        self._cpu, self._cuda = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self._devices]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """In the block they are drawn from the first; after it the random state is what it was before."""
+        with torch.random.fork_rng(devices=self._devices):
+            torch.set_rng_state(self._cpu)
+            for device, state in zip(self._devices, self._cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
 
 
 def _load_forward_derivatives() -> None:

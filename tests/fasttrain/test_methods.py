@@ -333,6 +333,39 @@ def test_maxl_second_order_through_a_real_network():
         assert (p.grad - g).norm() < 1e-3 * g.norm() + 1e-7
 
 
+class Dropping(Smooth):
+    """With dropout in the middle, as timm's networks may have it."""
+
+    def forward(self, pixel_BCHW):
+        x = F.dropout(torch.tanh(self.bn1(self.conv1(pixel_BCHW))), 0.5, self.training)
+        x = torch.tanh(self.bn2(self.conv2(x)))
+        return [x], x
+
+
+def test_maxl_differentiates_the_step_that_was_taken_where_networks_drop():
+    """Each pass through the target drops the same in one step, and something else in the next."""
+    grads = {}
+    for order in ("second", "first", "by PyTorch"):
+        method, target, generator, x, y = a_maxl(method={"order": order, "entropy": 0.0})
+        target.backbone.__class__ = Dropping
+        torch.manual_seed(3)
+        if order == "by PyTorch":
+            label_BS = method.labels(x, y)
+            theta, out = dict(target.named_parameters()), target(x, aux=True)
+            loss = focal_loss(out.logits_BK, F.one_hot(y, K)) + focal_loss(out.aux_logits_BC, label_BS)
+            steps = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+            ahead = {n: p - LR * g for (n, p), g in zip(theta.items(), steps, strict=True)}
+            focal_loss(torch.func.functional_call(target, ahead, (x,)).logits_BK, F.one_hot(y, K)).backward()
+        else:
+            found = [method.other_step(1, target, x, y, LR) for _ in range(2)]
+            assert found[0]["primary"] != found[1]["primary"]
+            found[0]["loss"].backward()
+        grads[order] = torch.cat([p.grad.flatten() for p in generator.parameters()])
+    exact = grads["by PyTorch"]
+    assert (grads["second"] - exact).norm() < 1e-3 * exact.norm()
+    assert (grads["first"] - exact).norm() < 3e-2 * exact.norm()
+
+
 @pytest.mark.parametrize("order", ["second", "first"])
 def test_maxl_looks_ahead_without_a_trace(order):
     """In the target: weights, running statistics, gradients; nor does the label see more than the batch."""
