@@ -1,19 +1,13 @@
 """The model card of an exported target: Markdown with the front matter that Hugging Face's hub reads."""
 
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .recipe import Recipe
+from .words import METHODS, method_settings, place_of
 
-_METHODS = {
-    "scratch": "labels alone",
-    "sskt": "SSKT: labels, and the soft labels of frozen sources through auxiliary heads",
-    "kd": "knowledge distillation (Hinton et al.): labels, and teachers with the same classes",
-    "dml": "deep mutual learning (Zhang et al. 2018): labels, and peers trained beside it",
-    "maxl": "MAXL (Liu et al. 2019): labels, and sub-classes from a generator that learns which ones help",
-}
 _ONE_CLASS = ("accuracy", "balanced_accuracy")  # what weights are selected by where a sample has one class
 _CODE = {
     "safetensors": """\
@@ -77,7 +71,7 @@ def text(recipe: Recipe, state: dict[str, Any], summary: dict[str, Any] | None, 
         f"Each was read back and run on a CPU beside the network in the run's checkpoint, on batches of 1 and 3 random samples. "
         f"Logits reached {content['largest_logit']:.3g}.\n",
         _table(
-            *((PurePath(f["path"]).name, f["sha256"], f"{f['largest_difference']:.1e}") for f in content["files"]),
+            *((Path(f["path"]).name, f["sha256"], f"{f['largest_difference']:.1e}") for f in content["files"]),
             head=("file", "SHA-256", "largest difference of a logit"),
         ),
         "## Limits\n",
@@ -123,7 +117,7 @@ def _output(state: dict[str, Any]) -> str:
 
 
 def _use(file: dict[str, Any], shape: list[int]) -> str:
-    name = PurePath(file["path"]).name
+    name = Path(file["path"]).name
     return f"{name}:\n\n```python\n{_CODE[file['format']].format(file=name, shape=(2, *shape))}```\n"
 
 
@@ -131,10 +125,10 @@ def _training(recipe: Recipe, state: dict[str, Any], summary: dict[str, Any] | N
     data, optim = recipe.data, recipe.optim
     epoch = state.get("epoch", state.get("position", {}).get("epoch"))
     part = f", split {data.split}" if data.name in ("ucf101", "hmdb51") else ""
-    part += f", samples named in {_file_name(data.indices)}" if data.indices else ""
+    part += f", samples named in {place_of(data.indices)}" if data.indices else ""
     part += f", {data.labelled:,} labelled samples" if data.labelled else ""
     rows = [
-        ("method", _METHODS.get(recipe.method.name, recipe.method.name)),
+        ("method", METHODS[recipe.method.name]),
         *_settings(recipe),
         *_sources(recipe, summary),
         ("data", f"{data.name}{part}; training views: crop {data.crop}, flip {data.flip}"),
@@ -160,28 +154,9 @@ def _training(recipe: Recipe, state: dict[str, Any], summary: dict[str, Any] | N
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:
     """Of the method: what its own fields say."""
-    transfer, method = recipe.transfer, recipe.method
-    if method.name == "sskt":
-        heads = "linear auxiliary heads"
-        if transfer.module:
-            width = f"of width {transfer.width}, " if transfer.width else ""
-            heads = f"transfer modules ({width}{transfer.combine} of the branches)"
-        divided = ", divided by the class count too" if (transfer.loss, transfer.kd_reduction) == ("kd", "mean") else ""
-        loss = f"{transfer.loss} at T = {transfer.temperature:g}, weight alpha = {transfer.alpha:g}{divided}"
-        return [("transfer", f"{heads}; {loss}"), ("soft labels", _soft_labels(recipe))]
-    if method.name == "kd":
-        taught = f"weight of the teachers {method.weight:g} of 1, T = {method.temperature:g}"
-        return [("distillation", taught), ("soft labels", _soft_labels(recipe))]
-    if method.name == "dml":
-        peers = method.peers or [recipe.target.model]
-        started = method.peer_weights or [None] * len(peers)
-        said = [f"{p} from {_file_name(w)}" if w else p for p, w in zip(peers, started, strict=True)]
-        return [("peers", ", ".join(said))]
-    if method.name == "maxl":
-        learned = f"{method.generator}, lr {method.generator_lr:g}, gradient of {method.order} order"
-        spread = f"{method.subclasses} sub-classes of each class, weight of the entropy {method.entropy:g}"
-        return [("generator", f"{learned}; {spread}")]
-    return []
+    said = method_settings(recipe)
+    rows = [("settings", said)] if said else []
+    return [*rows, ("soft labels", _soft_labels(recipe))] if recipe.chosen_sources() else rows
 
 
 def _soft_labels(recipe: Recipe) -> str:
@@ -200,7 +175,7 @@ def _sources(recipe: Recipe, summary: dict[str, Any] | None) -> list[tuple[str, 
         rows.append(
             (
                 f"source {source.name}",
-                f"{source.model}, weights {_file_name(source.weights)}, {source.classes} classes, {source.size} px; "
+                f"{source.model}, weights {place_of(source.weights)}, {source.classes} classes, {source.size} px; "
                 f"SHA-256 of its weights {sha256}",
             )
         )
@@ -211,12 +186,7 @@ def _started_from(recipe: Recipe) -> str:
     if recipe.target.weights is None:
         return "random weights"
     pinned = f", SHA-256 {recipe.target.sha256}" if recipe.target.sha256 else ""
-    return f"{_file_name(recipe.target.weights)}{pinned}"
-
-
-def _file_name(weights: str) -> str:
-    """Without the folders of the machine that it was trained on."""
-    return PurePath(weights).name
+    return f"{place_of(recipe.target.weights)}{pinned}"
 
 
 def _averaged(recipe: Recipe) -> str:

@@ -11,6 +11,7 @@ from .files import write_text
 from .log import read_lines
 from .recipe import Recipe, to_yaml
 from .report_data import data_sections
+from .words import METHODS, method_settings, place_of
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2733 }
@@ -116,39 +117,17 @@ def _methods(jobs: list) -> str:
     rows = []
     for row in dict.fromkeys(job.row for job in jobs):
         recipe = next(job.recipe for job in jobs if job.row == row)  # of the first seed
-        target = recipe.target.model + (f" from {_place(recipe.target.weights)}" if recipe.target.weights else "")
+        target = recipe.target.model + (f" from {place_of(recipe.target.weights)}" if recipe.target.weights else "")
         cells = (row, target, recipe.method.name, _fields(recipe))
         rows.append("<tr>" + "".join(f"<td>{_e(cell)}" for cell in cells))
     return f"<table class=words><tr><th><th>target<th>method<th>{''.join(rows)}</table>"
 
 
-def _place(weights: str) -> str:
-    """Where weights are from, without the folders that lead there: a file, or a run."""
-    path = Path(weights)
-    return path.name if path.name != "selected.pt" else "/".join(path.parent.parent.parts[-2:])
-
-
 def _fields(recipe: Recipe) -> str:
-    method, transfer = recipe.method, recipe.transfer
     taught = ", ".join(f"{s.name} ({s.model})" for s in recipe.chosen_sources())
-    if method.name == "sskt":
-        heads = f"transfer modules ({transfer.combine} of the branches)" if transfer.module else "linear heads"
-        loss = "divergence over the class count" if transfer.kd_reduction == "mean" else "divergence"
-        loss = "cross entropy" if transfer.loss == "ce" else loss
-        return f"sources {taught}; {heads}; {loss} at T = {transfer.temperature:g}, alpha = {transfer.alpha:g}"
-    if method.name == "kd":
-        return f"teachers {taught}; T = {method.temperature:g}, weight {method.weight:g} of 1"
-    if method.name == "dml":
-        peers = [recipe.target.model] if method.peers is None else method.peers
-        weights = [None] * len(peers) if method.peer_weights is None else method.peer_weights
-        started = [f"{p} from {_place(w)}" if w else p for p, w in zip(peers, weights, strict=False)]
-        return f"peers {', '.join(started)}"
-    if method.name == "maxl":
-        return (
-            f"generator {method.generator}, lr {method.generator_lr:g}; {method.subclasses} sub-classes of each class, entropy "
-            f"{method.entropy:g}; gradient of {method.order} order"
-        )
-    return "labels alone"
+    kind = "teachers" if recipe.method.name == "kd" else "sources"
+    said = [f"{kind} {taught}" if taught else "", method_settings(recipe)]
+    return "; ".join(text for text in said if text) or METHODS["scratch"]
 
 
 def _cosines(jobs: list) -> list[str]:

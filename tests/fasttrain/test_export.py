@@ -132,7 +132,7 @@ def test_the_card_says_what_was_trained_how_and_how_well(run, exported):
         "the middle square brought to 12 px, and of that the middle square, 0.8 of the shorter side, brought to 12 px",
         "lying, standing, slanting",
         summary["sources"]["tiny"]["sha256"],
-        "linear auxiliary heads; ce at T = 1, weight alpha = 1",
+        "linear heads; cross entropy at T = 1, alpha = 1",
         "from epoch 1 (moving average, decay 0.5)",
         "the last epoch, whatever its figures; the test split is looked at once",
         f"{summary['val']['accuracy']:.2f} | {summary['test']['accuracy']:.2f}",
@@ -161,14 +161,16 @@ def test_what_the_card_says_of_other_runs(run):
     named = card("--sources", sources, "--target.weights", "/home/me/v.pth")
     assert "weights w.pth" in named and "weights 0123" in named and "started from | v.pth" in named
     assert "/home/me" not in named
-    assert "weight of the teachers 0.9 of 1, T = 4" in card("--method.name", "kd")
+    assert "T = 4, weight 0.9 of 1" in card("--method.name", "kd")
     peers = ("--method.name", "dml", "--method.peers", "[resnet32, resnet20]")
-    assert "peers | resnet32, resnet20" in card(*peers)
-    assert "peers | resnet32, resnet20 from p.pth" in card(*peers, "--method.peer_weights", "[null, /home/me/p.pth]")
+    assert "settings | peers resnet32, resnet20" in card(*peers)
+    assert "settings | peers resnet32, resnet20 from p.pth" in card(
+        *peers, "--method.peer_weights", "[null, /home/me/p.pth]"
+    )
     assert "5 sub-classes of each class" in card("--method.name", "maxl")
     modules = ("--transfer.module", "true", "--transfer.width", "48", "--transfer.loss", "kd")
     halved = card(*modules, "--transfer.kd_reduction", "mean")
-    assert "transfer modules (of width 48, sum of the branches); kd at T = 1" in halved and "class count too" in halved
+    assert "transfer modules (of width 48, sum of the branches); divergence over the class count at T = 1" in halved
     paper = card("--run.protocol", "paper", "--run.select", "best")
     assert "best on the test split itself" in paper and "too good by what selecting gains" in paper
     assert "sigmoid" in card(metric="map") and "softmax" in plain
