@@ -14,7 +14,7 @@ from fasttrain.kernels import SoftTargetLoss, network_input
 
 from fasttrain import compare
 from fasttrain.build import build
-from fasttrain.compare import jobs_of, run
+from fasttrain.compare import jobs_of, run_jobs
 from fasttrain.log import read_lines
 from fasttrain.methods import METHODS, Setting
 from fasttrain.recipe import Recipe, Source, load
@@ -65,27 +65,27 @@ def test_each_method_learns(small, tmp_path):
     """Rows of which one learns from another's network: far above the third that guessing finds."""
     common = ("--optim.epochs", "5", "--data.batch", "20", "--optim.lr", "0.03", "--run.cosine_every", "9")
     ended: list[str] = []
-    table = run(small(*common, rows=ROWS), lambda label, line: ended.append(label) if line["kind"] == "done" else None)
+    jobs = jobs_of(small(*common, rows=ROWS))
+    summaries = run_jobs(
+        jobs, tmp_path / "recall", lambda label, line: ended.append(label) if line["kind"] == "done" else None
+    )
     assert ended == [f"{name}, seed 0" for name in ("teacher", "dml", "maxl", "kd")]
-    sources = {row["name"]: row["sources"] for row in table["rows"]}
-    assert sources == {"kd": ["teacher"]} | {name: [] for name in ROWS if name != "kd"} and list(sources) == list(ROWS)
     cosines = {"kd": {"teacher"}, "teacher": set(), "dml": {"peer1"}, "maxl": {"subclasses"}}
-    for row in table["rows"]:
-        assert row["mean"] > 50, row["name"]
-        folder = tmp_path / "runs/smoke" / row["name"] / "seed0"
-        lines = read_lines(folder, "step")
+    for job, summary in zip(jobs, summaries, strict=True):
+        assert summary["test"]["accuracy"] > 50, job.row
+        assert summary["steps"] == 35 * (1 + (job.row == "maxl"))
+        lines = read_lines(job.folder, "step")
         primary = [line["primary"] for line in lines if "primary" in line]
-        assert sum(primary[-3:]) < 0.7 * sum(primary[:3]), row["name"]
+        assert sum(primary[-3:]) < 0.7 * sum(primary[:3]), job.row
         measured = {n.removeprefix("cosine/"): v for line in lines for n, v in line.items() if n.startswith("cosine/")}
-        assert set(measured) == cosines[row["name"]]
+        assert set(measured) == cosines[job.row]
         assert all(0 < abs(value) <= 1 for value in measured.values())
-        assert json.loads((folder / "summary.json").read_text())["steps"] == 35 * (1 + (row["name"] == "maxl"))
     teacher, taught = (tmp_path / "runs/smoke" / name / "seed0" for name in ("teacher", "kd"))
     sha256 = hashlib.sha256((teacher / "checkpoints/selected.pt").read_bytes()).hexdigest()
     assert json.loads((taught / "summary.json").read_text())["sources"]["teacher"]["sha256"] == sha256
 
 
-def test_rows_wait_for_the_rows_they_need(small, monkeypatch):
+def test_rows_wait_for_the_rows_they_need(small, tmp_path, monkeypatch):
     """Side by side as well: what starts at once needs nothing that is not there. Peers and backbones start from rows, too."""
     scratch = {"method": {"name": "scratch"}}
     rows = {
@@ -104,15 +104,21 @@ def test_rows_wait_for_the_rows_they_need(small, monkeypatch):
         return [compare._train(job, recall, lambda _: None) for job in jobs]
 
     monkeypatch.setattr(compare, "_side_by_side", at_once)
-    table = run(small(*common, rows=rows), lambda label, line: None)
+    recipe = small(*common, rows=rows)
+    jobs = jobs_of(recipe)
+    summaries = run_jobs(jobs, tmp_path / "recall", lambda label, line: None, parallel=2)
     assert waves == [["teacher", "other"], ["taught", "second"]]
-    assert [row["name"] for row in table["rows"]] == list(rows)
+    assert [job.row for job in jobs][-1] == "third"
+    table = compare.tabulate(recipe, jobs, summaries, 2)
+    assert [(row["name"], row["sources"]) for row in table["rows"]] == [
+        (name, ["teacher"] if name == "taught" else []) for name in rows
+    ]
     recipe = small(*common, "--seeds", "2", rows=rows)
-    jobs = {(job.row, job.recipe.run.seed): job.recipe for job in jobs_of(recipe)}
-    weights = [jobs["third", seed].method.peer_weights[0] for seed in (0, 1)]
+    recipes = {(job.row, job.recipe.run.seed): job.recipe for job in jobs_of(recipe)}
+    weights = [recipes["third", seed].method.peer_weights[0] for seed in (0, 1)]
     assert weights == [f"{recipe.run.dir}/smoke/second/seed{seed}/checkpoints/selected.pt" for seed in (0, 1)]
-    assert jobs["taught", 1].sources[0].weights == f"{recipe.run.dir}/smoke/teacher/seed1"
-    parts = build(jobs["third", 0])
+    assert recipes["taught", 1].sources[0].weights == f"{recipe.run.dir}/smoke/teacher/seed1"
+    parts = build(recipes["third", 0])
     chosen, peer = torch.load(weights[0], weights_only=True)["target"], parts.method.companions["peer1"].state_dict()
     assert all(torch.equal(peer[k], v) for k, v in chosen.items() if k.startswith("backbone."))
     assert not torch.equal(parts.target.state_dict()["backbone.conv1.weight"], peer["backbone.conv1.weight"])
@@ -212,14 +218,13 @@ def test_a_trained_run_is_a_source(small, tmp_path):
         open_trained(replace(spec, weights="/no/such"))
 
 
-def test_rows_that_need_rows(from_a_file, tmp_path):
+def test_rows_that_need_rows(small, from_a_file, tmp_path):
     """One sentence each, before anything is written."""
-    kd, scratch = {"method": {"name": "kd"}}, {"method": {"name": "scratch"}}
-    source = {**TEACHER, "weights": "row:b"}
-    refused(from_a_file({"a": kd, "c": scratch}, sources=(source,)), "sources: teacher: weights: row:b is no other row")
-    refused(
-        from_a_file({"b": kd, "c": scratch}, sources=(source,)), "row:b is no other row of the recipe; there are b, c"
-    )
+    kd, scratch, source = {"method": {"name": "kd"}}, {"method": {"name": "scratch"}}, {**TEACHER, "weights": "row:b"}
+    for rows in ({"a": kd, "c": scratch}, {"b": kd, "c": scratch}):  # no such row, the row itself
+        said = f"sources: teacher: weights: row:b is no other row of the recipe; there are {', '.join(rows)}"
+        with pytest.raises(ValueError, match=said):
+            jobs_of(small(rows=rows, sources=(source,)))
     circle = {"a": kd, "b": {**scratch, "target": {"weights": "row:a"}}}
     refused(from_a_file(circle, sources=(source,)), "rows: a, b need each other's weights")
     nothing_written(tmp_path)
@@ -258,7 +263,6 @@ MISTAKES = {
         {"method.peer_weights": ["/no/such"]},
         "method.peer_weights: there is no weights file /no/such",
     ),
-    "generator": ("maxl", {}, "data.size: 24 pixels leave nothing of vgg16_bn's last map; it needs 32"),
     "no generator": ("maxl", {"method.generator": "vgg"}, "method.generator: no backbone is called 'vgg'"),
     "one": ("maxl", {"method.subclasses": 1}, "method.subclasses: 1, but maxl needs at least 2"),
     "parts": ("maxl", {"run.accumulate": 2}, "run.accumulate: 2, but maxl takes whole batches"),
