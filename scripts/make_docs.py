@@ -71,7 +71,9 @@ def method_tables() -> str:
     """The newest results of the recipes ``methods`` and ``methods-fashion``, a table each."""
     parts = []
     for name, title in (("methods", "Solar cells (ELPV)"), ("methods-fashion", "Fashion-MNIST")):
-        path = max((ROOT / "benchmarks/results").glob(f"*-{name}-cpu.json"))
+        path = max((ROOT / "benchmarks/results").glob(f"*-{name}-cpu.json"), default=None)
+        if path is None:
+            continue
         content = json.loads(path.read_text())
         metric, machine = content["metric"], content["environment"]["machine"]
         lines = [f"**{title}**", "", f"| | {metric.replace('_', ' ')} % | seconds of training |", "| --- | --- | --- |"]
@@ -79,8 +81,9 @@ def method_tables() -> str:
             f"| {row['name']} | {plus_minus(row['test'][metric])} | {row['train_seconds']:.0f} |"
             for row in content["rows"]
         ]
+        torch = content["environment"]["versions"]["torch"]
         said = f"Test split, mean ± standard deviation of {content['rows'][0]['seeds']} seeds; {machine['cpu']}, "
-        said += f"{content['side_by_side']} runs side by side, one thread each, torch {content['environment']['versions']['torch']}; "
+        said += f"{content['side_by_side']} runs side by side, one thread each, torch {torch}; "
         parts += [*lines, "", f"{said}from `make methods`, kept in `{path.relative_to(ROOT)}`.", ""]
     return "\n".join(parts[:-1])
 
