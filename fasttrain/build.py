@@ -129,7 +129,8 @@ def build(recipe: Recipe) -> Parts:
     if name == "auto":
         name, why = choose_loader(train_spec, device)
     torch.manual_seed(recipe.run.seed)
-    networks = [_opened(s).to(device) for s in recipe.chosen_sources()]
+    its_classes = dataset.classes if recipe.method.name == "kd" else None
+    networks = [_opened(s, its_classes).to(device) for s in recipe.chosen_sources()]
     log += [f"source {n.spec.name}: {n.spec.model}, {n.origin}, SHA-256 {n.sha256[:16]}" for n in networks]
     if networks:
         strategy = chosen_strategy(recipe.transfer.bank, networks, compile_ != "off")
@@ -366,8 +367,8 @@ def _soft_target_losses(recipe: Recipe, device: torch.device, log: list[str]) ->
     return make
 
 
-def _opened(source: Source) -> SourceNetwork:
-    return open_trained(source) if source.model == TRAINED else open_source(source)
+def _opened(source: Source, classes: tuple[str, ...] | None) -> SourceNetwork:
+    return open_trained(source, classes) if source.model == TRAINED else open_source(source)
 
 
 def _of(network: torch.nn.Module) -> str:

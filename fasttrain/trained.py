@@ -13,11 +13,12 @@ from .sources import SourceNetwork
 TRAINED = "fasttrain"  # what Source.model calls them
 
 
-def open_trained(spec: Source) -> SourceNetwork:
+def open_trained(spec: Source, classes: tuple[str, ...] | None = None) -> SourceNetwork:
     """The selected weights of a run, with the run's own input size and normalisation.
 
     Args:
         spec: its ``weights`` name a run's folder or a checkpoint.
+        classes: names that its classes have to have, in this order; None for any.
 
     Raises:
         ValueError: no such run, or ``spec`` says something else of its classes, size, mean or std than the run.
@@ -26,6 +27,11 @@ def open_trained(spec: Source) -> SourceNetwork:
     state = checkpoint.load(path)
     recipe = from_dict(state["recipe"])
     insist_on_fit(spec, recipe, len(state["classes"]), f"the run in {path}")
+    if classes is not None and list(classes) != list(state["classes"]):
+        own, its = next((a, b) for a, b in zip(classes, state["classes"], strict=True) if a != b)
+        raise ValueError(
+            f"sources: {spec.name} has to know the task's own classes in their order; its {its!r} stands where {own!r} should"
+        )
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if spec.sha256 and not sha256.startswith(spec.sha256.lower()):
         raise ValueError(f"sources: {spec.name}: {path} has the SHA-256 {sha256}, not {spec.sha256}")

@@ -216,6 +216,10 @@ def test_a_trained_run_is_a_source(small, tmp_path):
             open_trained(replace(spec, **{field: value}))
     with pytest.raises(ValueError, match="sources: teacher: there is no run or checkpoint /no/such"):
         open_trained(replace(spec, weights="/no/such"))
+    names = parts.dataset.classes
+    assert open_trained(spec, names).spec == spec
+    with pytest.raises(ValueError, match=re.escape(f"its {names[0]!r} stands where {names[1]!r} should")):
+        open_trained(spec, (names[1], names[0], *names[2:]))
 
 
 def test_rows_that_need_rows(small, from_a_file, tmp_path):
