@@ -75,7 +75,7 @@ class _Outcome:
 
 
 class _Watch(Watch):
-    """Of rows that differ in epochs and in what they learn from."""
+    """Of rows that differ in what they learn from."""
 
     def __init__(self, jobs: list[Job], console: Console) -> None:
         super().__init__(jobs[0].recipe, console, len(jobs))
@@ -84,7 +84,7 @@ class _Watch(Watch):
     def __call__(self, label: str, line: dict[str, Any]) -> None:
         recipe = self.recipes.get(label)
         if recipe is not None:
-            self.epochs, self.unit = recipe.optim.epochs, recipe.unit()
+            self.unit = recipe.unit()
         super().__call__(label, line)
 
 
