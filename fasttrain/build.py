@@ -25,7 +25,8 @@ from .loaders import (
 )
 from .loaders.base import EpochLoader
 from .methods import METHODS, Method, Setting
-from .models import Target, build_backbone, load_backbone
+from .models import PuzzleTarget, Target, build_backbone, load_backbone
+from .pretext.data import own_labels, puzzle_of, with_own_labels
 from .recipe import Recipe, Source
 from .sources import RecalledSources, SourceBank, SourceNetwork, open_source
 from .sources.bank import chosen_strategy
@@ -141,7 +142,8 @@ def build(recipe: Recipe) -> Parts:
     _same_dims(recipe, target)
     companions = kind.networks(recipe, task.classes)
     for network in (target, *companions.values()):
-        for side in {recipe.data.size, recipe.data.grow_from or recipe.data.size}:
+        for size in {recipe.data.size, recipe.data.grow_from or recipe.data.size}:
+            side = train_spec.puzzle.side(size) if train_spec.puzzle else size
             network.backbone.check_size(side, side)  # type: ignore[union-attr, operator]
     kind.load(recipe, companions)
     log += [f"{name}: {_of(network)}" for name, network in companions.items()]
@@ -183,9 +185,8 @@ def ground(recipe: Recipe) -> tuple[Dataset, Task, type[Method]]:
         ValueError: as :func:`build`.
     """
     dataset = open_data(recipe)
-    task = TASKS["multi_label" if dataset.multi_label else "single_label"](
-        len(dataset.classes), recipe.optim.label_smoothing
-    )
+    name = "own_labels" if own_labels(recipe) else "multi_label" if dataset.multi_label else "single_label"
+    task = TASKS[name](len(dataset.classes), recipe.optim.label_smoothing)
     kind = method_of(recipe)
     kind.check(recipe, task)
     return dataset, task, kind
@@ -193,7 +194,8 @@ def ground(recipe: Recipe) -> tuple[Dataset, Task, type[Method]]:
 
 def open_data(recipe: Recipe) -> Dataset:
     """The recipe's data set, its class count checked against ``target.classes``; with ``run.protocol: paper`` nothing is held
-    out for validation, and the test split stands in for it."""
+    out for validation, and the test split stands in for it. Where the recipe makes labels of its own (``pretext.task``,
+    ``data.labels``), they are in the place of the data set's."""
     data = recipe.data
     dataset = open_dataset(
         data.name, data.root, val_share=data.val_share, verify=data.verify, split=data.split, decoder=data.decoder
@@ -202,6 +204,7 @@ def open_data(recipe: Recipe) -> Dataset:
         splits = dataset.splits
         together = np.sort(np.concatenate([splits["train"], splits["val"]]))
         dataset = replace(dataset, splits={"train": together, "val": splits["test"], "test": splits["test"]})
+    dataset = with_own_labels(dataset, recipe)
     if data.frames and not dataset.video:
         raise ValueError(f"data.frames: {data.frames}, and {dataset.name} is no data set of videos")
     if recipe.target.classes not in (0, len(dataset.classes)):
@@ -221,7 +224,9 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
     if data.indices:
         index_N = chosen_indices(Path(data.indices), index_N)
     if data.labelled:
-        index_N = labelled_part(dataset.targets_N, index_N, data.labelled)
+        # a part of the images whose labels are not looked at is the same whatever they are called
+        targets_N = np.zeros_like(dataset.targets_N) if own_labels(recipe) else dataset.targets_N
+        index_N = labelled_part(targets_N, index_N, data.labelled)
     last = len(index_N) % data.batch
     if not data.drop_last and last == 1:
         raise ValueError(
@@ -253,6 +258,7 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
         balance=data.balance,
         on_bad_sample=data.on_bad_sample,
         clip=ClipPlan(data.frames, data.stride) if data.frames else None,
+        puzzle=puzzle_of(recipe),
     )
     evals = {
         split: LoaderSpec(
@@ -265,6 +271,8 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
             shuffle=False,
             on_bad_sample=data.on_bad_sample,
             clip=ClipPlan(data.frames, data.stride, max(data.clips, 1), data.crops) if data.frames else None,
+            view_seed=data.seed,
+            puzzle=train.puzzle,
         )
         for split in ("val", "test")
     }
@@ -315,7 +323,13 @@ def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int], *
     """
     spec = recipe.target
     backbone = build_backbone(spec.model, shortcut=spec.shortcut, width=spec.width)
-    target = Target(backbone, classes)
+    puzzle, pretext = puzzle_of(recipe), recipe.pretext
+    if puzzle is None:
+        target = Target(backbone, classes)
+    else:
+        target = PuzzleTarget(
+            backbone, places=puzzle.places, classes=classes, width=pretext.width, hidden=pretext.hidden
+        )
     for name, count in source_classes.items():
         head: AuxiliaryHead
         if recipe.transfer.module:

@@ -13,7 +13,7 @@ _RANGES: list[tuple[Callable[[float], bool], str, str]] = [
         "is not above 0",
         "data.size data.batch transfer.temperature optim.epochs run.seeds run.parallel run.eval_every run.log_every "
         "run.checkpoint_every run.accumulate transfer.pad_to data.stride data.clips target.width "
-        "method.temperature method.subclasses",
+        "method.temperature method.subclasses pretext.width pretext.hidden pretext.pool pretext.iterations pretext.softness",
     ),
     (
         lambda v: v >= 0,
@@ -22,10 +22,12 @@ _RANGES: list[tuple[Callable[[float], bool], str, str]] = [
         "target.classes target.frozen transfer.alpha "
         "transfer.still transfer.recall_top transfer.recall_gib optim.lr optim.weight_decay optim.warmup_epochs "
         "optim.clip_norm optim.backbone_lr run.seed run.checkpoint_steps run.cosine_every "
-        "transfer.width method.entropy method.generator_lr method.generator_weight_decay",
+        "transfer.width method.entropy method.generator_lr method.generator_weight_decay "
+        "pretext.tile pretext.channel_shift pretext.replaced pretext.layer",
     ),
+    (lambda v: v > 1, "is not above 1", "pretext.permutations pretext.clusters"),
     (lambda v: v >= -1, "is below -1", "data.workers"),
-    (lambda v: 0 <= v <= 1, "is not in [0, 1]", "data.hw_decoder_load method.weight"),
+    (lambda v: 0 <= v <= 1, "is not in [0, 1]", "data.hw_decoder_load method.weight pretext.grey"),
     (lambda v: 0 <= v < 1, "is not in [0, 1)", "data.val_share optim.ema optim.label_smoothing"),
     (lambda v: 0 < v <= 1, "is not in (0, 1]", "data.min_area data.centre_share"),
 ]
@@ -60,6 +62,7 @@ def check(r: "Recipe") -> None:
             f"data.crop {r.data.crop}, data.frames {r.data.frames}, data.views {r.data.views}, data.grow_from "
             f"{r.data.grow_from}"
         )
+    _check_pretext(r)
     if r.run.accumulate > r.data.batch:
         raise ValueError(f"run.accumulate: {r.run.accumulate} parts of a batch of {r.data.batch}")
     if any(not s.name or not s.model for s in r.sources):
@@ -73,3 +76,19 @@ def check(r: "Recipe") -> None:
     for name in r.rows:
         if not re.fullmatch(r"[\w.+-][\w.+ -]*", name):
             raise ValueError(f"rows: {name!r} cannot be a folder's name: use letters, digits, ' ', '.', '_', '+', '-'")
+
+
+def _check_pretext(r: "Recipe") -> None:
+    if r.pretext.task == "none":
+        return
+    if r.pretext.replaced > r.pretext.grid**2:
+        raise ValueError(f"pretext.replaced: {r.pretext.replaced} of {r.pretext.grid**2} tiles")
+    wrong = {
+        "method.name": (r.method.name, "scratch"),
+        "data.frames": (r.data.frames, 0),
+        "data.labels": (r.data.labels, None),
+        "data.balance": (r.data.balance, False),
+    }
+    for field, (value, right) in wrong.items():
+        if value != right:
+            raise ValueError(f"{field}: {value} does not go with pretext.task: {r.pretext.task}, which needs {right}")

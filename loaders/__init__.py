@@ -14,6 +14,7 @@ from .choose import choose_loader
 from .clips import ClipPlan
 from .datasets import DATASETS, Dataset, labelled_part, open_dataset
 from .ffcv_loader import FfcvLoader
+from .puzzle import Puzzle
 from .resident import ResidentLoader
 from .synthetic import SyntheticLoader
 from .torch_loader import TorchLoader
@@ -46,6 +47,7 @@ __all__ = [
     "Growth",
     "Loader",
     "LoaderSpec",
+    "Puzzle",
     "ResidentLoader",
     "SyntheticLoader",
     "TorchLoader",

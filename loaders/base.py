@@ -12,6 +12,7 @@ from .batch import Batch
 from .clips import ClipPlan
 from .datasets import Dataset
 from .order import balanced_order, batch_count, batches, order
+from .puzzle import Puzzle
 from .views import View, ViewPlan
 
 BadSamples = Literal["error", "skip"]
@@ -67,6 +68,7 @@ class LoaderSpec:
         on_bad_sample: a sample that cannot be read is an ``error``, or skipped: the next of ``index_N`` that can be
             read stands in for it, with its own index, label and view.
         clip: serve clips of videos; None serves images (of a video, its middle frame).
+        puzzle: make puzzles of the images, whose orders are then the labels; None serves the images.
     """
 
     dataset: Dataset
@@ -86,6 +88,7 @@ class LoaderSpec:
     balance: bool = False
     on_bad_sample: BadSamples = "error"
     clip: ClipPlan | None = None
+    puzzle: Puzzle | None = None
 
     @property
     def shows(self) -> int:
@@ -140,10 +143,11 @@ class EpochLoader:
             start=self._batch,
             rank=spec.rank,
             ranks=spec.ranks,
+            unit=2 if spec.puzzle else 1,
         )
         for batch in self._load(self._epoch, walk):
             self._batch += 1
-            yield batch
+            yield spec.puzzle(batch, seed=spec.view_seed) if spec.puzzle else batch
         self.set_epoch(self._epoch + 1)
 
     def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:

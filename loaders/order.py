@@ -52,18 +52,30 @@ def batch_count(n: int, global_batch: int, drop_last: bool = False) -> int:
     return n // global_batch if drop_last else math.ceil(n / global_batch)
 
 
-def rank_part(batch_G: np.ndarray, rank: int, ranks: int) -> np.ndarray:
-    """The part of one global batch that falls to ``rank``: a contiguous slice, sizes differing by one at most.
+def rank_part(batch_G: np.ndarray, rank: int, ranks: int, unit: int = 1) -> np.ndarray:
+    """The part of one global batch that falls to ``rank``: a contiguous slice, sizes differing by one unit at most.
 
     The first ranks get what is left over, so that no rank's part of a smaller batch is larger than its part of a full one.
+
+    Args:
+        batch_G: the global batch.
+        rank, ranks: which of how many.
+        unit: samples that stay together, from the first on; the last unit may not be full.
     """
-    each, over = divmod(len(batch_G), ranks)
+    each, over = divmod(-(-len(batch_G) // unit), ranks)
     start = each * rank + min(rank, over)
-    return batch_G[start : start + each + (rank < over)]
+    return batch_G[start * unit : (start + each + (rank < over)) * unit]
 
 
 def batches(
-    index_N: np.ndarray, *, global_batch: int, drop_last: bool = False, start: int = 0, rank: int = 0, ranks: int = 1
+    index_N: np.ndarray,
+    *,
+    global_batch: int,
+    drop_last: bool = False,
+    start: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    unit: int = 1,
 ) -> Iterator[np.ndarray]:
     """Walks through an epoch's order: yields int64 [B], from global batch ``start`` on.
 
@@ -72,6 +84,7 @@ def batches(
         global_batch: samples per step over all ranks.
         drop_last: leave out the last batch if it is not full.
         start: number of global batches that are behind already.
+        rank, ranks, unit: see :func:`rank_part`.
     """
     for b in range(start, batch_count(len(index_N), global_batch, drop_last)):
-        yield rank_part(index_N[b * global_batch : (b + 1) * global_batch], rank, ranks)
+        yield rank_part(index_N[b * global_batch : (b + 1) * global_batch], rank, ranks, unit)

@@ -6,6 +6,7 @@ from typing import Any
 from .backbone import Backbone
 from .features import densenet121, mobilenet_v2, vgg16_bn
 from .pretrained import load_backbone
+from .puzzle import PuzzleTarget
 from .resnet import resnet18, resnet34, resnet50
 from .resnet3d import Shortcut, resnet3d18, resnet3d34, resnet3d50
 from .resnet_cifar import resnet20, resnet32, resnet44
@@ -34,7 +35,7 @@ _WITH_SHORTCUT_AND_WIDTH: dict[str, Callable[..., Backbone]] = {
 }
 BACKBONES: dict[str, Callable[..., Backbone]] = _OF_FIXED_SHAPE | _WITH_SHORTCUT_AND_WIDTH
 
-__all__ = ["BACKBONES", "Backbone", "Shortcut", "Target", "build_backbone", "load_backbone"]
+__all__ = ["BACKBONES", "Backbone", "PuzzleTarget", "Shortcut", "Target", "build_backbone", "load_backbone"]
 
 
 def build_backbone(name: str, *, shortcut: Shortcut = "A", width: float = 1.0) -> Backbone:

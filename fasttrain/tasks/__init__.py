@@ -6,9 +6,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .multi_label import MultiLabel
+from .own_labels import OwnLabels
 from .single_label import SingleLabel
 
-__all__ = ["TASKS", "MultiLabel", "SingleLabel", "Task"]
+__all__ = ["TASKS", "MultiLabel", "OwnLabels", "SingleLabel", "Task"]
 
 
 class Task(Protocol):
@@ -73,4 +74,8 @@ class Task(Protocol):
 
 
 # classes, label smoothing -> task
-TASKS: dict[str, Callable[[int, float], Task]] = {"single_label": SingleLabel, "multi_label": MultiLabel}
+TASKS: dict[str, Callable[[int, float], Task]] = {
+    "single_label": SingleLabel,
+    "multi_label": MultiLabel,
+    "own_labels": OwnLabels,
+}

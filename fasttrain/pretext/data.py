@@ -1,0 +1,38 @@
+"""Labels that a recipe makes of its own, in the place of a data set's."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from fasttrain.loaders import Dataset, Puzzle
+from fasttrain.recipe import Recipe
+
+
+def own_labels(recipe: Recipe) -> bool:
+    """Whether the recipe learns something else than the data set's labels."""
+    return recipe.pretext.task != "none" or recipe.data.labels is not None
+
+
+def puzzle_of(recipe: Recipe) -> Puzzle | None:
+    """The puzzle that is made of every image; None without ``pretext.task: jigsaw``."""
+    pretext = recipe.pretext
+    if pretext.task == "none":
+        return None
+    return Puzzle(
+        pretext.grid, pretext.permutations, pretext.tile, pretext.channel_shift, pretext.replaced, pretext.grey
+    )
+
+
+def with_own_labels(dataset: Dataset, recipe: Recipe) -> Dataset:
+    """The data set with the labels that the recipe makes: of puzzles, those of each image's first view; or the clusters.
+
+    Raises:
+        ValueError: puzzles that cannot be made, or pseudo-labels that are not there or of other images.
+    """
+    puzzle = puzzle_of(recipe)
+    if puzzle is not None:
+        puzzle.side(recipe.data.size)
+        index_N = np.arange(len(dataset))
+        targets_N = puzzle.labels(seed=recipe.data.seed, number_B=np.zeros_like(index_N), index_B=index_N)
+        return replace(dataset, classes=puzzle.names, targets_N=targets_N)
+    return dataset
