@@ -27,6 +27,7 @@ from .loaders.base import EpochLoader
 from .methods import METHODS, Method, Setting
 from .models import PuzzleTarget, Target, build_backbone, load_backbone
 from .pretext.data import own_labels, puzzle_of, with_own_labels
+from .pretext.source import CLUSTERS, open_clusters
 from .recipe import Recipe, Source
 from .sources import RecalledSources, SourceBank, SourceNetwork, open_source
 from .sources.bank import chosen_strategy
@@ -131,7 +132,7 @@ def build(recipe: Recipe) -> Parts:
         name, why = choose_loader(train_spec, device)
     torch.manual_seed(recipe.run.seed)
     its_classes = dataset.classes if recipe.method.name == "kd" else None
-    networks = [_opened(s, its_classes).to(device) for s in recipe.chosen_sources()]
+    networks = [_opened(s, recipe, its_classes).to(device) for s in recipe.chosen_sources()]
     log += [f"source {n.spec.name}: {n.spec.model}, {n.origin}, SHA-256 {n.sha256[:16]}" for n in networks]
     if networks:
         strategy = chosen_strategy(recipe.transfer.bank, networks, compile_ != "off")
@@ -381,7 +382,9 @@ def _soft_target_losses(recipe: Recipe, device: torch.device, log: list[str]) ->
     return make
 
 
-def _opened(source: Source, classes: tuple[str, ...] | None) -> SourceNetwork:
+def _opened(source: Source, recipe: Recipe, classes: tuple[str, ...] | None) -> SourceNetwork:
+    if source.model == CLUSTERS:
+        return open_clusters(source, recipe)
     return open_trained(source, classes) if source.model == TRAINED else open_source(source)
 
 

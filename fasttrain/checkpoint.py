@@ -58,6 +58,31 @@ def load_target(target: torch.nn.Module, state: dict[str, Any], path: Path, clas
         raise ValueError(f"the checkpoint {path} is of another network: {' '.join(lines[1:2]).strip()[:200]}") from None
 
 
+def open_run(name: str) -> tuple[Path, dict[str, Any]]:
+    """A run's selected weights, or a checkpoint.
+
+    Args:
+        name: a run's folder or a checkpoint file.
+
+    Returns:
+        The checkpoint's path and its content, whose ``target`` is what is evaluated: without auxiliary heads, and the moving
+        average where the run keeps one (``optim.ema``).
+
+    Raises:
+        ValueError: no such run, or a file that is no checkpoint.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = path / "checkpoints" / "selected.pt"
+        if not path.is_file():
+            raise ValueError(f"{name} is no run's folder: it has no checkpoints/selected.pt")
+    state = load(path)
+    if state.get("average") is not None:  # last.pt has both; selected.pt has the average alone
+        average = {k: v for k, v in state["average"].items() if k.startswith("module.")}
+        state |= {"target": {k.removeprefix("module."): v for k, v in average.items()}}
+    return path, without_heads(state)
+
+
 def without_heads(state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of the target alone: auxiliary heads are left out."""
     kept = {k: v for k, v in state["target"].items() if not k.startswith("aux_heads.")}

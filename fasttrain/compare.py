@@ -19,13 +19,16 @@ import torch
 
 from . import interrupts, report
 from .build import Parts, build, ground, open_data
+from .details import largest_share
 from .device import choose_device, set_up
 from .files import write_json
 from .log import Watcher
+from .pretext.source import CLUSTERS
 from .recipe import Recipe, row
 from .sources import RecalledSources
 from .trained import TRAINED, insist_on_fit
 from .trainer import Trainer
+from .words import LABELS, learns
 
 _ROW = "row:"
 _PATIENCE = 10.0  # seconds for a run side by side to end the step it is at
@@ -53,11 +56,13 @@ def jobs_of(recipe: Recipe) -> list[Job]:
 
     def folder(name: str, seed: int) -> Path:
         place = root / name if recipe.rows else root
-        return place if single else place / f"seed{seed}"
+        return place if single else place / f"seed{recipe.run.seed if rows[name].run.once else seed}"
 
     out = []
     for k in range(recipe.run.seeds):
         for name, its in rows.items():
+            if k and its.run.once:
+                continue
             seed = recipe.run.seed + k
             used = sorted(_rows_used(its, rows, name))
             mine = _with_weights_of(its, {other: str(folder(other, seed)) for other in used})
@@ -72,7 +77,7 @@ def _rows_used(recipe: Recipe, rows: dict[str, Recipe], name: str) -> set[str]:
     Raises:
         ValueError: one that is not there, or itself.
     """
-    named = [("target.weights", recipe.target.weights or "")]
+    named = [("target.weights", recipe.target.weights or ""), ("data.labels", recipe.data.labels or "")]
     named += [(f"sources: {s.name}: weights", s.weights) for s in recipe.chosen_sources()]
     if recipe.method.name == "dml":
         named += [("method.peer_weights", weights or "") for weights in recipe.method.peer_weights or []]
@@ -98,9 +103,10 @@ def _with_weights_of(recipe: Recipe, folders: dict[str, str]) -> Recipe:
     def of_backbone(weights: str | None) -> str | None:
         return None if weights is None else found(weights, "/checkpoints/selected.pt")
 
-    peers = recipe.method.peer_weights
+    peers, labels = recipe.method.peer_weights, recipe.data.labels
     return replace(
         recipe,
+        data=replace(recipe.data, labels=None if labels is None else found(labels)),
         target=replace(recipe.target, weights=of_backbone(recipe.target.weights)),
         sources=[replace(s, weights=found(s.weights)) for s in recipe.sources],
         method=replace(recipe.method, peer_weights=None if peers is None else [of_backbone(w) for w in peers]),
@@ -150,18 +156,32 @@ def run(recipe: Recipe, watch: Callable[[str, dict[str, Any]], None]) -> dict[st
 
 
 def tabulate(recipe: Recipe, jobs: list[Job], summaries: list[dict[str, Any]], side_by_side: int) -> dict[str, Any]:
-    """Mean and standard deviation (n - 1) over the seeds, of each row's figures on the test split, in percent."""
+    """Mean and standard deviation (n - 1) over the seeds, of each row's figures on the test split, in percent.
+
+    Rows may answer different questions (``learns``), each by a ``metric`` of its own; the table's is that of the first row that
+    learns the data set's labels. Where the classes are a row's own, ``chance`` is how often an answer is right that does not
+    look at the image: 100 / orders, or the share of the largest cluster, None where the summaries do not say.
+    """
     rows = []
-    metric = summaries[0]["metric"]
     for name in recipe.rows or dict.fromkeys(job.row for job in jobs):
         mine = [(j, s) for j, s in zip(jobs, summaries, strict=True) if j.row == name]
-        its = mine[0][0].recipe
+        its, metric = mine[0][0].recipe, mine[0][1]["metric"]
         figures = {k: [s["test"][k] for _, s in mine] for k in mine[0][1]["test"]}
+        own: dict[str, Any] = {}
+        if its.pretext.task != "none":
+            own = {"classes": its.pretext.permutations, "chance": 100 / its.pretext.permutations}
+        elif its.data.labels is not None:
+            shares = [largest_share(s.get("details", {})) for _, s in mine]
+            known = [share for share in shares if share is not None]
+            own = {"classes": its.pretext.clusters, "chance": mean(known) if len(known) == len(mine) else None}
         rows.append(
             {
                 "name": name,
+                "learns": learns(its),
+                **own,
                 "method": its.method.name,
                 "sources": [s.name for s in its.chosen_sources()],
+                "metric": metric,
                 "mean": mean(figures[metric]),
                 "std": stdev(figures[metric]) if len(mine) > 1 else None,
                 "seeds": len(mine),
@@ -171,6 +191,7 @@ def tabulate(recipe: Recipe, jobs: list[Job], summaries: list[dict[str, Any]], s
                 "val_mean": mean(s["val"][metric] for _, s in mine),
             }
         )
+    metric = next((row["metric"] for row in rows if row["learns"] == LABELS), rows[0]["metric"])
     out = {"name": recipe.name, "metric": metric, "unit": recipe.unit(), "side_by_side": side_by_side, "rows": rows}
     return out | {"environment": summaries[0]["environment"]}
 
@@ -198,6 +219,8 @@ def run_jobs(
     waves = _waves(jobs)
     _check_later(waves)
     for wave in waves:
+        for job in wave:
+            _make_what_clusters_say(job, lambda text: watch("", {"kind": "note", "text": text}))
         count = min(parallel, len(wave))
         if count > 1:
             summaries = _side_by_side(wave, count, recall, watch)
@@ -211,11 +234,25 @@ def run_jobs(
     return [found[job.folder] for job in jobs]
 
 
+def _make_what_clusters_say(job: Job, report: Callable[[str], None]) -> None:
+    """Pseudo-labels and clusters that a run learns from, by now that the runs which it needs are done."""
+    recipe = job.recipe
+    wanted = [s for s in recipe.chosen_sources() if s.model == CLUSTERS]
+    if recipe.data.labels is None and not wanted:
+        return
+    from .pretext.labels import make_centroids, make_labels
+
+    if recipe.data.labels is not None:
+        make_labels(recipe, report)
+    for source in wanted:
+        make_centroids(source.weights, recipe, report, f"sources: {source.name}")
+
+
 def _check_later(waves: list[list[Job]]) -> None:
     """What can be found wrong with runs that need others, before those are trained."""
     by_folder = {job.folder: job for wave in waves for job in wave}
     for job in first_of_each_row([job for wave in waves[1:] for job in wave]):
-        ground(job.recipe)
+        ground(replace(job.recipe, data=replace(job.recipe.data, labels=None)))
         for source in job.recipe.chosen_sources():
             other = by_folder.get(Path(source.weights))
             if source.model == TRAINED and other is not None:

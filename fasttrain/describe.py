@@ -9,6 +9,7 @@ from . import kernels
 from .build import build_target, label_bytes, loader_specs, method_of, open_data, recalls
 from .device import choose_device, choose_dtype, choose_source_dtype
 from .loaders import choose_loader
+from .pretext.source import CLUSTERS
 from .recipe import Recipe
 from .sources.network import build_network
 from .trained import TRAINED
@@ -60,7 +61,9 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
     content["flops_per_image"] = {"target_training": _training_flops(target, shape, bool(heads))}
     content["activation_bytes_per_image"] = _activation_bytes(target, shape, dtype)
     if source_classes is None:
-        content["flops_per_image"] |= {s.name: _source_flops(s) for s in recipe.chosen_sources() if s.model != TRAINED}
+        content["flops_per_image"] |= {
+            s.name: _source_flops(s) for s in recipe.chosen_sources() if s.model not in (TRAINED, CLUSTERS)
+        }
     content["kernels"] = "{} ({})".format(*kernels.implementation(device.type, recipe.run.kernels))
     return content
 

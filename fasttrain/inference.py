@@ -1,11 +1,13 @@
 """A trained target put to use: its figures on a split."""
 
-from pathlib import Path
 from typing import Any
 
 from . import checkpoint, trainer
 from .build import Parts, build
+from .checkpoint import open_run
 from .recipe import Recipe, Transfer, from_dict
+
+__all__ = ["alone", "evaluate_run", "open_run"]
 
 
 def evaluate_run(name: str, split: str, overrides: list[str]) -> dict[str, Any]:
@@ -32,31 +34,6 @@ def evaluate_run(name: str, split: str, overrides: list[str]) -> dict[str, Any]:
         "images": len(parts.loaders[split].spec.index_N),
         "figures": figures,
     }
-
-
-def open_run(name: str) -> tuple[Path, dict[str, Any]]:
-    """A run's selected weights, or a checkpoint.
-
-    Args:
-        name: a run's folder or a checkpoint file.
-
-    Returns:
-        The checkpoint's path and its content, whose ``target`` is what is evaluated: without auxiliary heads, and the moving
-        average where the run keeps one (``optim.ema``).
-
-    Raises:
-        ValueError: no such run, or a file that is no checkpoint.
-    """
-    path = Path(name)
-    if path.is_dir():
-        path = path / "checkpoints" / "selected.pt"
-        if not path.is_file():
-            raise ValueError(f"{name} is no run's folder: it has no checkpoints/selected.pt")
-    state = checkpoint.load(path)
-    if state.get("average") is not None:  # last.pt has both; selected.pt has the average alone
-        average = {k: v for k, v in state["average"].items() if k.startswith("module.")}
-        state |= {"target": {k.removeprefix("module."): v for k, v in average.items()}}
-    return path, checkpoint.without_heads(state)
 
 
 def alone(recipe: Recipe) -> Recipe:

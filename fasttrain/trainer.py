@@ -365,6 +365,7 @@ class Trainer:
         weights = (self.average.module if self.average is not None else self.target).state_dict()
         state = {"target": weights, "classes": list(self.parts.dataset.classes), "epoch": self.epoch}
         state |= {"recipe": asdict(self.recipe), "metric": self.metric, "val": self.best["val"]}
+        state |= {"dataset": self.parts.dataset.identity()}
         checkpoint.save(self.folder / "checkpoints" / "selected.pt", state)
 
     def _resume(self) -> int:

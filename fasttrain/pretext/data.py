@@ -1,4 +1,4 @@
-"""Labels that a recipe makes of its own, in the place of a data set's."""
+"""Labels that a recipe makes of its own, in the place of a data set's: those of puzzles, or pseudo-labels."""
 
 from dataclasses import replace
 
@@ -7,10 +7,17 @@ import numpy as np
 from fasttrain.loaders import Dataset, Puzzle
 from fasttrain.recipe import Recipe
 
+from .files import read_pseudo_labels
+
 
 def own_labels(recipe: Recipe) -> bool:
     """Whether the recipe learns something else than the data set's labels."""
     return recipe.pretext.task != "none" or recipe.data.labels is not None
+
+
+def with_given_labels(recipe: Recipe) -> Recipe:
+    """The recipe, learning what the data set's own labels say."""
+    return replace(recipe, data=replace(recipe.data, labels=None), pretext=replace(recipe.pretext, task="none"))
 
 
 def puzzle_of(recipe: Recipe) -> Puzzle | None:
@@ -35,4 +42,8 @@ def with_own_labels(dataset: Dataset, recipe: Recipe) -> Dataset:
         index_N = np.arange(len(dataset))
         targets_N = puzzle.labels(seed=recipe.data.seed, number_B=np.zeros_like(index_N), index_B=index_N)
         return replace(dataset, classes=puzzle.names, targets_N=targets_N)
+    if recipe.data.labels is not None:
+        labels = read_pseudo_labels(recipe, dataset)
+        names = tuple(f"cluster {i}" for i in range(labels.count))
+        return replace(dataset, classes=names, targets_N=labels.label_N)
     return dataset

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttrain import interrupts
-from fasttrain.inference import open_run
+from fasttrain.checkpoint import open_run
 from fasttrain.kernels import network_input
 from fasttrain.loaders.base import EpochLoader
 from fasttrain.models import Backbone, build_backbone
@@ -35,12 +35,14 @@ class Trunk:
         recipe: of the run.
         sha256: of the file of its weights.
         path: of that file.
+        dataset: fingerprint of the data set that the run learned from, with its labels; empty where it is not known.
     """
 
     backbone: Backbone
     recipe: Recipe
     sha256: str
     path: Path
+    dataset: str
 
     @property
     def solves_puzzles(self) -> bool:
@@ -54,16 +56,27 @@ class StageFeatures(nn.Module):
     Args:
         trunk: the backbone and how it wants its input.
         layers: stages, 1 for the first; 0 for what the network pools for its head.
-        pool: side to which a stage's map is max-pooled, if it is larger; 0 takes what layer 0 is: the mean of the map.
+        pool: side to which a stage's map is pooled, if it is larger; or one for each of ``layers`` (that of layer 0 has no effect).
+        average: pool by the mean, not by the maximum.
         unit_length: scale each stage's features to length 1.
 
     Raises:
         ValueError: a stage that the backbone does not have.
     """
 
-    def __init__(self, trunk: Trunk, layers: Sequence[int], *, pool: int = 1, unit_length: bool = False) -> None:
+    def __init__(
+        self,
+        trunk: Trunk,
+        layers: Sequence[int],
+        *,
+        pool: int | Sequence[int] = 1,
+        average: bool = False,
+        unit_length: bool = False,
+    ) -> None:
         super().__init__()
-        self.backbone, self.layers, self.pool, self.unit_length = trunk.backbone, tuple(layers), pool, unit_length
+        self.backbone, self.layers, self.average, self.unit_length = trunk.backbone, tuple(layers), average, unit_length
+        self.pool = (pool,) * len(self.layers) if isinstance(pool, int) else tuple(pool)
+        assert len(self.pool) == len(self.layers) and min(self.pool) > 0
         self.standardise = trunk.solves_puzzles
         count = len(trunk.backbone.tap_channels)
         for layer in self.layers:
@@ -75,14 +88,17 @@ class StageFeatures(nn.Module):
     def forward(self, x_BCHW: Tensor) -> list[Tensor]:
         """Normalised pixels [B, 3, H, W] -> float32 [B, D], one of each layer."""
         taps, last = self.backbone(standardised(x_BCHW) if self.standardise else x_BCHW)
-        return [self._feature(taps[layer - 1] if layer else None, last) for layer in self.layers]
+        return [
+            self._feature(taps[layer - 1] if layer else None, last, side)
+            for layer, side in zip(self.layers, self.pool, strict=True)
+        ]
 
-    def _feature(self, tap_BCHW: Tensor | None, last: Tensor) -> Tensor:
+    def _feature(self, tap_BCHW: Tensor | None, last: Tensor, side: int) -> Tensor:
         if tap_BCHW is None:
             feature_BD = self.backbone.pool(last).float()
         else:
-            side = min(self.pool, *tap_BCHW.shape[2:])
-            feature_BD = F.adaptive_max_pool2d(tap_BCHW.float(), side).flatten(1)
+            pooled = F.adaptive_avg_pool2d if self.average else F.adaptive_max_pool2d
+            feature_BD = pooled(tap_BCHW.float(), min(side, *tap_BCHW.shape[2:])).flatten(1)
         return F.normalize(feature_BD, dim=1) if self.unit_length else feature_BD
 
 
@@ -108,7 +124,7 @@ def open_trunk(name: str, what: str) -> Trunk:
     given = {k.removeprefix("backbone."): v for k, v in state["target"].items() if k.startswith("backbone.")}
     backbone.load_state_dict(given)
     backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return Trunk(backbone, recipe, hashlib.sha256(path.read_bytes()).hexdigest(), path)
+    return Trunk(backbone, recipe, hashlib.sha256(path.read_bytes()).hexdigest(), path, state.get("dataset", ""))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +58,11 @@ class Form:
     def record_bytes(self) -> int:
         return self.fields.itemsize
 
+    @property
+    def kept(self) -> str:
+        """In words."""
+        return f"top {self.top}" if self.top else f"{self.dtype} logits"
+
     def records(self, logits_BC: Tensor) -> np.ndarray:
         """Logits [B, C] of any float type and device -> what is kept of them: structured [B]."""
         out_B = np.empty(len(logits_BC), dtype=self.fields)
@@ -77,7 +82,27 @@ class CacheError(ValueError):
     """A file of soft labels that cannot be used."""
 
 
-class SoftLabelFile:
+class Record(Protocol):
+    """How something is kept of a sample; :class:`Form` is that of soft labels."""
+
+    @property
+    def fields(self) -> np.dtype:
+        """Of one record."""
+        ...
+
+    @property
+    def record_bytes(self) -> int: ...
+
+    @property
+    def kept(self) -> str:
+        """In words."""
+        ...
+
+
+R = TypeVar("R", bound=Record)
+
+
+class SoftLabelFile(Generic[R]):
     """One source's soft labels of one data set in K views.
 
     Args:
@@ -92,9 +117,9 @@ class SoftLabelFile:
             cannot be made.
     """
 
-    def __init__(self, path: Path, about: dict[str, Any], *, views: int, samples: int, form: Form) -> None:
+    def __init__(self, path: Path, about: dict[str, Any], *, views: int, samples: int, form: R) -> None:
         self.path, self.form, self.shape = path, form, (views, samples)
-        self.about = _plain(about | {"labels": {"views": views, "samples": samples, "kept": _named(form)}})
+        self.about = _plain(about | {"labels": {"views": views, "samples": samples, "kept": form.kept}})
         seals = 4 * views * samples
         self._records_at = _HEADER + -(-seals // _HEADER) * _HEADER
         self._size = self._records_at + views * samples * form.record_bytes
@@ -241,10 +266,6 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
     """As it comes back from JSON."""
     return json.loads(json.dumps(fields))
-
-
-def _named(form: Form) -> str:
-    return f"top {form.top}" if form.top else f"{form.dtype} logits"
 
 
 def _seal(view: int, index: int, content: bytes) -> int:
