@@ -59,3 +59,11 @@ def by_class(details: dict[str, Any]) -> list[float | None]:
     return (
         details["class_accuracy"] if "class_accuracy" in details else confused(details["confusion"])["class_accuracy"]
     )
+
+
+def largest_share(details: dict[str, Any]) -> float | None:
+    """The largest class's share of the samples, in percent; None where the details do not say."""
+    if "confusion" not in details:
+        return None
+    total_K = np.array(details["confusion"], dtype=np.int64).sum(1)
+    return float(100 * total_K.max() / total_K.sum())

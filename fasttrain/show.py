@@ -3,12 +3,13 @@
 import time
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from .recipe import Recipe
 from .sources.recall import Fill
+from .words import own_columns, percent, rows_by_kind
 
 
 class Watch:
@@ -134,22 +135,30 @@ class FillBar:
             self.console.print(f"soft labels: {text}", highlight=False, soft_wrap=True, markup=False)
 
 
-def table(content: dict[str, Any]) -> Table:
-    """A comparison's table for the terminal."""
-    metric = content["metric"].replace("_", " ")
-    seeds = max(r["seeds"] for r in content["rows"])
+def table(content: dict[str, Any]) -> RenderableType:
+    """A comparison's table for the terminal; below it, one for each other kind of question that rows answer."""
+    return Group(*(_section(content, kind, rows) for kind, rows in rows_by_kind(content["rows"]).items()))
+
+
+def _section(content: dict[str, Any], kind: str, rows: list[dict[str, Any]]) -> Table:
+    own = own_columns(kind)
+    metric = content["metric"] if own is None else rows[0]["metric"]
+    seeds = max(r["seeds"] for r in rows)
     runs = f", {content['side_by_side']} runs side by side" if content["side_by_side"] > 1 else ""
-    out = Table(
-        title=f"{content['name']}: test split, mean ± standard deviation of {seeds} seed{'s' * (seeds > 1)}{runs}"
-    )
-    found = dict.fromkeys(
-        k for row in content["rows"] for k in row["test"]
-    )  # rows of clips have more than those of images
-    others = [k for k in found if k not in (content["metric"], "loss")]
-    for name in ("", metric + " %", *(f"{o.replace('_', ' ')} %" for o in others), f"{content['unit']}/s"):
-        out.add_column(name, justify="left" if not name else "right")
-    for row in content["rows"]:
-        cells = [plus_minus(row["test"][k]) if k in row["test"] else "" for k in (content["metric"], *others)]
+    what = f"{content['name']}: " if own is None else f"{content['name']}, {kind}: "
+    out = Table(title=f"{what}test split, mean ± standard deviation of {seeds} seed{'s' * (seeds > 1)}{runs}")
+    found = dict.fromkeys(k for row in rows for k in row["test"])  # rows of clips have more than those of images
+    others = [k for k in found if k not in (metric, "loss")]
+    count, chance = own or ("", "")
+    out.add_column("")
+    for name in (count, f"{metric.replace('_', ' ')} %", chance, *(f"{o.replace('_', ' ')} %" for o in others)):
+        if name:
+            out.add_column(name, justify="right")
+    out.add_column(f"{content['unit']}/s", justify="right")
+    for row in rows:
+        cells = [plus_minus(row["test"][k]) if k in row["test"] else "" for k in (metric, *others)]
+        if own is not None:
+            cells = [str(row["classes"]), cells[0], percent(row["chance"]), *cells[1:]]
         out.add_row(row["name"], *cells, f"{row['images_per_s']:.0f}")
     return out
 

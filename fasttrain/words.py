@@ -1,6 +1,7 @@
 """A method and its settings in words, for whatever people read: the report, the model card."""
 
 from pathlib import Path
+from typing import Any
 
 from .recipe import Recipe
 
@@ -11,6 +12,47 @@ METHODS = {
     "dml": "deep mutual learning (Zhang et al. 2018): labels, and peers trained beside it",
     "maxl": "MAXL (Liu et al. 2019): labels, and sub-classes from a generator that learns which ones help",
 }
+
+LABELS = "labels"  # what rows learn that learn what their data set says
+
+
+def learns(recipe: Recipe) -> str:
+    """What a run's classes are: ``labels`` (the data set's), ``order of tiles, N orders`` or ``clusters, K``."""
+    if recipe.pretext.task != "none":
+        return f"order of tiles, {recipe.pretext.permutations} orders"
+    return LABELS if recipe.data.labels is None else f"clusters, {recipe.pretext.clusters}"
+
+
+def how_learned(recipe: Recipe) -> str:
+    """What a run's classes are, and how they are made."""
+    pretext, what = recipe.pretext, learns(recipe)
+    if pretext.task != "none":
+        return (
+            f"{what}: {pretext.grid} x {pretext.grid} tiles, up to {pretext.replaced} of them another image's, colours shifted "
+            f"by up to {pretext.channel_shift} px, {100 * pretext.grey:g} % grey"
+        )
+    if recipe.data.labels is None:
+        return what
+    stage = f"stage {pretext.layer}" if pretext.layer else "the pooled features"
+    return f"{what}: k-means of {stage} of {'/'.join(Path(recipe.data.labels).parts[-2:])}"
+
+
+def rows_by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """A table's rows by what they learn, whatever the count of the classes: first those that learn their data set's labels."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["learns"] != LABELS):
+        out.setdefault(row["learns"].partition(",")[0], []).append(row)
+    return out
+
+
+def own_columns(kind: str) -> tuple[str, str] | None:
+    """What to call ``classes`` and ``chance`` of rows that make their own labels; None of the data set's."""
+    return {"order of tiles": ("orders", "chance %"), "clusters": ("clusters", "largest cluster %")}.get(kind)
+
+
+def percent(value: float | None) -> str:
+    """With two digits; nothing where it is not known."""
+    return "" if value is None else f"{value:.2f}"
 
 
 def method_settings(recipe: Recipe) -> str:
