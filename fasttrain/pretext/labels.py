@@ -23,7 +23,8 @@ from fasttrain.build import loader_specs, loader_workers, open_data
 from fasttrain.device import choose_device
 from fasttrain.loaders import Dataset, LoaderSpec, choose_loader, evaluation, open_loader
 from fasttrain.recipe import Recipe
-from fasttrain.sources.cache import Form, SoftLabelFile
+from fasttrain.sources.cache import SoftLabelFile
+from fasttrain.sources.recall import label_form
 
 from .data import with_given_labels
 from .features import StageFeatures, Trunk, collect, open_trunk
@@ -140,7 +141,9 @@ def _make_features(
     size = trunk.recipe.data.size
     width = network(torch.zeros(1, 3, size, size))[0].shape[1]
     path, about = place.features_file(dataset), place.features_of(dataset)
-    file = SoftLabelFile(path, about, views=1, samples=len(dataset), form=Form(width, place.arithmetic))
+    file = SoftLabelFile(
+        path, about, views=1, samples=len(dataset), form=label_form(width, getattr(torch, place.arithmetic), 0)
+    )
     lacking_M = file.missing(0, index_N)
     if not len(lacking_M):
         return file
