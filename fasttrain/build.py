@@ -16,6 +16,7 @@ from .loaders import (
     Dataset,
     Growth,
     LoaderSpec,
+    Puzzle,
     ViewPlan,
     choose_loader,
     evaluation,
@@ -25,7 +26,7 @@ from .loaders import (
 )
 from .loaders.base import EpochLoader
 from .methods import METHODS, Method, Setting
-from .models import PuzzleTarget, Target, build_backbone, load_backbone
+from .models import Backbone, PuzzleTarget, Target, build_backbone, load_backbone
 from .pretext.data import own_labels, puzzle_of, with_own_labels
 from .pretext.source import CLUSTERS, open_clusters
 from .recipe import Recipe, Source
@@ -144,8 +145,7 @@ def build(recipe: Recipe) -> Parts:
     companions = kind.networks(recipe, task.classes)
     for network in (target, *companions.values()):
         for size in {recipe.data.size, recipe.data.grow_from or recipe.data.size}:
-            side = train_spec.puzzle.side(size) if train_spec.puzzle else size
-            network.backbone.check_size(side, side)  # type: ignore[union-attr, operator]
+            _check_size(network.backbone, size, train_spec.puzzle)  # type: ignore[arg-type]
     kind.load(recipe, companions)
     log += [f"{name}: {_of(network)}" for name, network in companions.items()]
     log += [f"target: {recipe.target.model} from {target.origin}"] if recipe.target.weights else []
@@ -236,6 +236,8 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
         )
     if data.drop_last and data.batch > len(index_N):
         raise ValueError(f"data.batch: {data.batch} is more than the {len(index_N)} images, and data.drop_last is set")
+    if recipe.pretext.task != "none":
+        _insist_on_parts(recipe, {min(data.batch, len(index_N))} | ({last} - {0} if not data.drop_last else set()))
     every = recipe.transfer.every_view and recalls(recipe) and bool(recipe.chosen_sources())
     if every and data.frames:
         raise ValueError(
@@ -278,6 +280,18 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
         for split in ("val", "test")
     }
     return train, evals
+
+
+def _insist_on_parts(recipe: Recipe, sizes: set[int]) -> None:
+    """Raises ``ValueError`` where ``run.accumulate`` leaves a part of one puzzle: its layers' statistics are of puzzles alone."""
+    count = recipe.run.accumulate
+    for size in sorted(sizes):
+        each = -(-size // min(count, size))
+        if 1 in (each, size % each):
+            raise ValueError(
+                f"run.accumulate: {count} parts of a batch of {size} puzzles leave one of 1, which batch normalisation cannot "
+                "use; choose other data.batch or run.accumulate, or set data.drop_last"
+            )
 
 
 def chosen_indices(path: Path, train_N: np.ndarray) -> np.ndarray:
@@ -347,6 +361,16 @@ def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int], *
         target.origin = load_backbone(backbone, spec.weights, spec.sha256)
     backbone.freeze(spec.frozen)
     return target
+
+
+def _check_size(backbone: Backbone, size: int, puzzle: Puzzle | None) -> None:
+    side = puzzle.side(size) if puzzle else size
+    try:
+        backbone.check_size(side, side)
+    except ValueError as error:
+        if puzzle is None:
+            raise
+        raise ValueError(str(error).replace("data.size", "pretext.tile, data.size", 1)) from None
 
 
 def _same_dims(recipe: Recipe, target: Target) -> None:

@@ -9,6 +9,7 @@ from . import kernels
 from .build import build_target, label_bytes, loader_specs, method_of, open_data, recalls
 from .device import choose_device, choose_dtype, choose_source_dtype
 from .loaders import choose_loader
+from .pretext.data import puzzle_of
 from .pretext.source import CLUSTERS
 from .recipe import Recipe
 from .sources.network import build_network
@@ -58,6 +59,7 @@ def describe(recipe: Recipe, source_classes: list[int] | None = None) -> dict[st
     content["parameters"] = {"target": alone, "training": every}
     shape = input_shape(recipe, target.backbone.dims)
     content["input"] = list(shape)
+    content["sample"] = "a puzzle" if puzzle_of(recipe) else "a clip" if len(shape) == 4 else "an image"
     content["flops_per_image"] = {"target_training": _training_flops(target, shape, bool(heads))}
     content["activation_bytes_per_image"] = _activation_bytes(target, shape, dtype)
     if source_classes is None:
@@ -73,7 +75,7 @@ def to_text(content: dict[str, Any]) -> str:
     lines = [f"{content['name']}: on {content['device']}, {content['precision']}"]
     parameters = content["parameters"]
     lines.append(f"parameters: {parameters['target']:,} of the target alone, {parameters['training']:,} in training")
-    sample = "a clip" if len(content["input"]) == 4 else "an image"
+    sample = content["sample"]
     for name, flops in content["flops_per_image"].items():
         what = "target, forward and backward" if name == "target_training" else f"source {name}, forward"
         lines.append(f"{what}: {flops / 1e9:.3f} GFLOP {sample}")
@@ -90,8 +92,10 @@ def to_text(content: dict[str, Any]) -> str:
 
 
 def input_shape(recipe: Recipe, dims: int) -> tuple[int, ...]:
-    """Of one sample: (3, S, S), or of a clip (3, T, S, S)."""
-    size = recipe.data.size
+    """Of one sample: (3, S, S), of a clip (3, T, S, S), or of a puzzle its tiles: (3, P, T, T)."""
+    size, puzzle = recipe.data.size, puzzle_of(recipe)
+    if puzzle is not None:
+        return (3, puzzle.places, puzzle.side(size), puzzle.side(size))
     return (3, recipe.data.frames or 16, size, size) if dims == 3 else (3, size, size)
 
 

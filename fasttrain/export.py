@@ -97,13 +97,18 @@ def export(name: str, out: str) -> dict[str, Any]:
         "sha256", "largest_difference"}], "card"}``: the differences are of logits, over batches of 1 and 3 random samples.
 
     Raises:
-        ValueError: no such run, another suffix, a part that is not installed, a network that cannot be exported, or an
-            exported one that says something else than the target (by more than 1e-4 of the largest logit); nothing is then
-            written.
+        ValueError: no such run, one that solves puzzles, another suffix, a part that is not installed, a network that cannot be
+            exported, or an exported one that says something else than the target (by more than 1e-4 of the largest logit);
+            nothing is then written.
     """
     paths, card = _places(out)
     path, state = open_run(name)
     trained = from_dict(state["recipe"])
+    if trained.pretext.task != "none":
+        raise ValueError(
+            f"the run in {path} solves puzzles, which nobody else asks for; train a target from it (target.weights: {path}) and "
+            "export that"
+        )
     recipe = alone(from_dict(state["recipe"]))
     target = build_target(recipe, len(state["classes"]), {})
     checkpoint.load_target(target, state, path, tuple(state["classes"]))

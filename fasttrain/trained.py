@@ -21,11 +21,17 @@ def open_trained(spec: Source, classes: tuple[str, ...] | None = None) -> Source
         classes: names that its classes have to have, in this order; None for any.
 
     Raises:
-        ValueError: no such run, or ``spec`` says something else of its classes, size, mean or std than the run.
+        ValueError: no such run, one that solves puzzles, or ``spec`` says something else of its classes, size, mean or std than
+            the run.
     """
     path = selected(spec.weights, f"sources: {spec.name}")
     state = checkpoint.load(path)
     recipe = from_dict(state["recipe"])
+    if recipe.pretext.task != "none":
+        raise ValueError(
+            f"sources: {spec.name}: the run in {path} solves puzzles, and says nothing of whole images; its clusters do "
+            "(model: clusters)"
+        )
     insist_on_fit(spec, recipe, len(state["classes"]), f"the run in {path}")
     if classes is not None and list(classes) != list(state["classes"]):
         own, its = next((a, b) for a, b in zip(classes, state["classes"], strict=True) if a != b)

@@ -55,7 +55,8 @@ def batch_count(n: int, global_batch: int, drop_last: bool = False) -> int:
 def rank_part(batch_G: np.ndarray, rank: int, ranks: int, unit: int = 1) -> np.ndarray:
     """The part of one global batch that falls to ``rank``: a contiguous slice, sizes differing by one unit at most.
 
-    The first ranks get what is left over, so that no rank's part of a smaller batch is larger than its part of a full one.
+    The first ranks get what is left over, so that no rank's part of a smaller batch is larger than its part of a full one. (A
+    last unit that is not full goes to the last of those that got one more, out of its order, for the same reason.)
 
     Args:
         batch_G: the global batch.
@@ -63,8 +64,14 @@ def rank_part(batch_G: np.ndarray, rank: int, ranks: int, unit: int = 1) -> np.n
         unit: samples that stay together, from the first on; the last unit may not be full.
     """
     each, over = divmod(-(-len(batch_G) // unit), ranks)
-    start = each * rank + min(rank, over)
-    return batch_G[start * unit : (start + each + (rank < over)) * unit]
+    start, count = each * rank + min(rank, over), each + (rank < over)
+    rest = len(batch_G) % unit
+    if not rest:
+        return batch_G[start * unit : (start + count) * unit]
+    whose = (over or ranks) - 1
+    start, count = start - (rank > whose), count - (rank == whose)
+    part = batch_G[start * unit : (start + count) * unit]
+    return np.concatenate([part, batch_G[-rest:]]) if rank == whose else part
 
 
 def batches(

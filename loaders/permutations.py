@@ -25,8 +25,8 @@ Permutation = tuple[int, ...]
 def permutations(grid: int, count: int) -> np.ndarray:
     """``count`` orders of ``grid * grid`` tiles: int64 [count, grid^2], each row a permutation, read-only.
 
-    The first is the identity. Every tile comes equally often to every place, to within one in every full round of ``grid^2``
-    orders.
+    The first is the identity. Every tile comes to every place equally often, to within one: once in each ``grid^2`` orders that
+    follow one another, from the first on.
 
     Raises:
         ValueError: more than there are, fewer than two, or another grid.

@@ -7,7 +7,8 @@ out in one of a set of orders, which is to be told. Some tiles are those of anot
 What is drawn is a pure function of (seed, view, index). The other image is the neighbour in the order of the epoch, which is one
 of (seed, epoch): a batch is cut into ranks by pairs, and the last of an odd number keeps all of its own tiles.
 
-Shape suffixes: B batch, P places of a puzzle (grid * grid), C channels (3), H W of an image, T side of a tile.
+Shape suffixes: B batch, G the grey ones of it, P places of a puzzle (grid * grid), C channels (3), H W of an image, T side of a
+tile, N bytes.
 """
 
 from dataclasses import dataclass, replace
@@ -154,20 +155,23 @@ class Puzzle:
         left_BP = pieces.cell_BP % self.grid * cell + pieces.offset_BP2[..., 1]
         start_BPC = ((image_BP * size + top_BP) * size + left_BP)[..., None]
         start_BPC = (start_BPC + pieces.shift_BPC2[..., 0] * size + pieces.shift_BPC2[..., 1]) * 3 + np.arange(3)
-        pixels = _cut(batch.pixels, _sent(start_BPC, device), side, _sent(pieces.grey_B, device))
+        grey_G = _sent(np.flatnonzero(pieces.grey_B), device)
+        pixels = _cut(batch.pixels, _sent(start_BPC, device), side, grey_G)
         return replace(batch, pixels=pixels, targets=_sent(pieces.label_B, device), still=None)
 
 
-def _cut(pixel_BCHW: torch.Tensor, start_BPC: torch.Tensor, side: int, grey_B: torch.Tensor) -> torch.Tensor:
-    """Tiles that begin at these positions of the images' bytes in NHWC: uint8 [B, 3, P, T, T]."""
-    flat = pixel_BCHW.permute(0, 2, 3, 1).reshape(-1)
-    step = torch.arange(side, device=flat.device) * 3
-    offset_TT1 = (step[:, None] * pixel_BCHW.shape[-1] + step)[..., None]
-    tile_BPTTC = flat.take(start_BPC[:, :, None, None, :] + offset_TT1)
-    weight_C = torch.tensor(_LUMA, device=flat.device)
-    luma_BPTT1 = ((tile_BPTTC.int() * weight_C).sum(-1, keepdim=True) + 128 >> 8).to(torch.uint8)
-    tile_BPTTC = torch.where(grey_B[:, None, None, None, None], luma_BPTT1, tile_BPTTC)
-    return tile_BPTTC.permute(0, 4, 1, 2, 3)
+def _cut(pixel_BCHW: torch.Tensor, start_BPC: torch.Tensor, side: int, grey_G: torch.Tensor) -> torch.Tensor:
+    """Tiles that begin at these positions of the images' bytes in NHWC, without colour in the puzzles ``grey_G``: uint8
+    [B, 3, P, T, T]."""
+    flat, size = pixel_BCHW.permute(0, 2, 3, 1).reshape(-1), pixel_BCHW.shape[-1]
+    places = max(len(flat) - (side - 1) * (size + 1) * 3, 0)
+    window_NTT = flat.as_strided((places, side, side), (1, 3 * size, 3))  # from every byte on: no memory of its own
+    tile_BPCTT = window_NTT[start_BPC]
+    if len(grey_G):
+        red, green, blue = tile_BPCTT[grey_G].int().unbind(2)
+        luma = (red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2] + 128 >> 8).to(torch.uint8)
+        tile_BPCTT[grey_G] = luma[:, :, None].expand(-1, -1, 3, -1, -1)
+    return tile_BPCTT.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
 
 
 def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -41,8 +41,8 @@ class PuzzleTarget(Target):
         """
         tile_NCTT = standardised(pixels.transpose(1, 2).flatten(0, 1))
         feature_ND = self.backbone.pool(self.backbone(tile_NCTT)[1])
-        tile_BP_W = self.tile(feature_ND).unflatten(0, (-1, self.places))
-        return TargetOutput(self.head(self.join(tile_BP_W.flatten(1))), None)
+        tile_BPW = self.tile(feature_ND).unflatten(0, (-1, self.places))
+        return TargetOutput(self.head(self.join(tile_BPW.flatten(1))), None)
 
 
 def standardised(pixel_NCHW: Tensor) -> Tensor:
@@ -50,5 +50,6 @@ def standardised(pixel_NCHW: Tensor) -> Tensor:
     x_NCHW = pixel_NCHW.float()
     mean_NC11 = x_NCHW.mean(dim=(2, 3), keepdim=True)
     centred_NCHW = x_NCHW - mean_NC11
-    deviation_NC11 = centred_NCHW.square().mean(dim=(2, 3), keepdim=True).sqrt()
-    return (centred_NCHW / deviation_NC11.clamp(min=_LEAST)).contiguous(memory_format=torch.channels_last)
+    variance_NC11 = centred_NCHW.square().mean(dim=(2, 3), keepdim=True)
+    deviation_NC11 = variance_NC11.clamp(min=_LEAST**2).sqrt()  # not the other way round: the root has no gradient at 0
+    return (centred_NCHW / deviation_NC11).contiguous(memory_format=torch.channels_last)
