@@ -56,7 +56,7 @@ class StageFeatures(nn.Module):
     Args:
         trunk: the backbone and how it wants its input.
         layers: stages, 1 for the first; 0 for what the network pools for its head.
-        pool: side to which a stage's map is pooled, if it is larger; or one for each of ``layers`` (that of layer 0 has no effect).
+        pool: side to which a stage's map is pooled, if it is larger; or one for each of ``layers`` (layer 0 has no use for it).
         average: pool by the mean, not by the maximum.
         unit_length: scale each stage's features to length 1.
 
