@@ -221,6 +221,8 @@ class Pretext:
 
     task: Literal["none", "jigsaw"] = "none"
     """What is learned in place of labels; jigsaw: in which order the tiles of an image lie (Noroozi et al. 2018, Jigsaw++)."""
+    model: str | None = None
+    """Of a recipe without rows, for `fasttrain pretext`: the network that solves puzzles; null: that of target.model."""
     grid: Literal[2, 3] = 3
     """Of jigsaw: tiles in each direction."""
     permutations: int = 701
