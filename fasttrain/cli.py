@@ -27,14 +27,6 @@ usage: fasttrain COMMAND ...
   cache RECIPE [--field value ...]       soft labels ahead of a run (`fasttrain cache -h`)
   table N [--rows PATTERN,..] [--data-root DIR] [--budget full|smoke] [--list] [--field value ...]
                                          a table of the paper, 2 to 8 or fig4: ours beside theirs (`fasttrain table -h`)
-  export RUN --out FILE|DIR/             the trained target alone: an exported program (.pt2), weights (.safetensors),
-                                         ONNX (.onnx), or all of them in a folder, with a model card (--json)
-  pack DATASET --root DIR --out FILE     one .beton of images or videos, each of them checked (`fasttrain pack -h`)
-  cache RECIPE [--field value ...]       soft labels ahead of a run (`fasttrain cache -h`)
-  table N [--rows PATTERN,..] [--data-root DIR] [--budget full|smoke] [--list] [--field value ...]
-                                         a table of the paper, 2 to 8 or fig4: ours beside theirs (`fasttrain table -h`)
-  pretext RECIPE [--budget full|smoke] [--probe] [--rows] [--field value ...]
-                                         puzzle -> clusters -> pseudo-labels -> target (`fasttrain pretext -h`)
   bench loaders|video|kernels|sources|transfer|step [--json FILE]
                                              speed beside others' in the same run (`fasttrain bench loaders -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
@@ -232,97 +224,6 @@ def _table(given: list[str]) -> int:
         given, options[name] = _option(given, f"--{name}")
     number, overrides = _name(given)
     return tables.main(number, options, listed, overrides)
-
-
-def _export(given: list[str]) -> int:
-    given, as_json = _flag(given, "--json")
-    given, out = _option(given, "--out")
-    name, rest = _name(given)
-    if name is None or not out:
-        raise ValueError("export needs a run's folder or a checkpoint, and --out FILE or --out DIR/")
-    if rest:
-        raise ValueError(f"what is {rest[0]!r}? export takes a run, --out and --json")
-    from . import export
-
-    content = export.export(name, out)
-    print(json.dumps(content, indent=2) if as_json else export.to_text(content))
-    return 0
-
-
-def _pack(given: list[str]) -> int:
-    from . import packing
-
-    if _asks_help(given):
-        print(packing.__doc__)
-        return 0
-    return packing.main(given)
-
-
-def _cache(given: list[str]) -> int:
-    from . import recipe
-
-    if _asks_help(given):
-        from . import caching
-
-        print(caching.__doc__)
-        return 0
-    given, as_json = _flag(given, "--json")
-    given, part = _option(given, "--part")
-    name, rest = _name(given)
-    if name is None:
-        raise ValueError("cache needs a recipe: a packaged name such as demo, or a YAML file")
-    what, its_part = recipe.load(name, rest), _part(part) if part else (0, 1)
-    from rich.console import Console
-
-    from . import caching, show
-
-    console = Console(stderr=as_json)
-    with show.FillBar(console) as bar:
-        content = caching.run(what, bar.note, bar, its_part)
-    if as_json:
-        print(json.dumps(content, indent=2))
-    for file in content["files"] if not as_json else ():
-        console.print(
-            "{path}: {labels} labels, {mib:.1f} MiB on the disk".format(mib=file["bytes"] / 2**20, **file), **_PLAIN
-        )
-    return 0
-
-
-def _part(text: str) -> tuple[int, int]:
-    """``1/4`` -> (0, 4)."""
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"--part: {text!r} is not a part such as 1/4")
-    return int(number) - 1, int(count)
-
-
-def _table(given: list[str]) -> int:
-    from . import tables
-
-    if _asks_help(given):
-        print(tables.__doc__)
-        return 0
-    given, listed = _flag(given, "--list")
-    options = {}
-    for name in tables.OPTIONS:
-        given, options[name] = _option(given, f"--{name}")
-    number, overrides = _name(given)
-    return tables.main(number, options, listed, overrides)
-
-
-def _pretext(given: list[str]) -> int:
-    from .pretext import steps
-
-    if _asks_help(given):
-        print(steps.__doc__)
-        return 0
-    given, probe = _flag(given, "--probe")
-    given, rows = _flag(given, "--rows")
-    given, budget = _option(given, "--budget")
-    name, rest = _name(given)
-    if name is None:
-        raise ValueError("pretext needs a recipe: a packaged name such as pretext, or a YAML file")
-    return steps.main(name, rest, budget=budget or "full", probe=probe, rows=rows)
 
 
 def _bench(given: list[str]) -> int:
