@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fasttrain import checkpoint, interrupts
@@ -27,8 +26,9 @@ from fasttrain.loaders.order import order
 from fasttrain.loaders.philox import draw, uniform
 
 _START = 1 << 21  # the purpose of the random numbers; loaders/ has the others
-_GROUPS = 16
-_SAVE_S = 5.0  # seconds between two states
+_WIDTH = 64  # columns that a CPU's reductions take at a time; what is left over is slow
+_ONE = 1 << 20  # what stands for one centroid, and is above their indices
+_EVERY_S = 5.0  # seconds between two states, and two lines of a report
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,15 @@ def kmeans(
     """
     _check(feature_ND, count)
     with interrupts.held():
-        scale, checksum = _survey(feature_ND)
-        start_sum = "" if start_KD is None else _checksum(start_KD.float(), 0)
-        mark = f"{list(feature_ND.shape)} {feature_ND.dtype} {checksum} {count} {seed} {start_sum}"
-        run = _Lloyd(feature_ND, count, scale, mark, state, report)
+        unit, start = _survey(feature_ND), seed if start_KD is None else _checksum(start_KD)
+        mark = f"{tuple(feature_ND.shape)} {feature_ND.dtype} {_checksum(feature_ND)} {count} {start}"
+        run = _Lloyd(feature_ND, count, unit, mark, state, report)
         if not run.resume():
             run.begin(plus_plus(feature_ND, count, seed=seed) if start_KD is None else start_KD)
         try:
             while run.passes < iterations and not run.settled:
                 run.step()
-                run.save(_SAVE_S)
+                run.save(_EVERY_S)
         except KeyboardInterrupt:
             run.save(0)
             raise
@@ -169,61 +168,68 @@ def nearest(feature_BD: Tensor, centroid_KD: Tensor, count: int = 1) -> tuple[Te
 class _Search:
     """Finds nearest centroids.
 
-    The product's error is at most ``u (2 D + 16) |x| max|c| + 8 u max|c|^2`` for each centroid, by the usual bound of a dot
-    product (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1), u the unit roundoff; it is smaller with
-    the centroids' mean taken from both sides. All within twice of that are compared by exact distances.
+    Scores are ``|c|^2 - 2 x.c``, with the centroids' mean taken from c, and from x too where it is long beside what is left
+    of c. Their error is at most ``u ((2 D + 16) |x| max|c| + 16 max|c|^2)``, by the usual bound of a dot product (Higham,
+    "Accuracy and Stability of Numerical Algorithms", section 3.1), u the unit roundoff. All centroids whose score is within
+    twice of that of the lowest are compared by exact distances.
     """
 
     def __init__(self, centroid_KD: Tensor) -> None:
         self.centroid_KD = centroid_KD
-        self.mean_D = (_sums(centroid_KD.double().T.contiguous()) / len(centroid_KD)).float()
-        moved_KD = centroid_KD - self.mean_D
-        square_K = _sums(moved_KD.double().square_())
-        missing = -len(moved_KD) % _GROUPS
-        self.moved_DK = F.pad(moved_KD, (0, 0, 0, missing)).T
-        self.square_K = F.pad(square_K.float(), (0, missing), value=math.inf)
-        exact = torch.get_float32_matmul_precision() == "highest"
-        unit, size = 2.0 ** (-24 if exact else -8), centroid_KD.shape[1]
-        largest = float(square_K.max().sqrt())
-        self.per_length = 2 * unit * (2 * size + 16) * largest
-        self.at_least = 16 * unit * largest**2 + size * 2.0**-120  # the last for what underflows
+        count, size = centroid_KD.shape
+        assert count <= _ONE
+        mean_D = (_sums(centroid_KD.double().T.contiguous()) / count).float()
+        moved_KD = centroid_KD - mean_D
+        bias_K = _sums(moved_KD.double().square_())
+        largest = float(bias_K.max().sqrt())
+        self.mean_D = mean_D if float(mean_D.norm()) > 2 * largest else None
+        if self.mean_D is None:
+            bias_K += 2 * _sums(moved_KD.double().mul_(mean_D))
+        self.moved_DK, self.bias_K = moved_KD.T, bias_K.float()
+        self.code_K = torch.arange(_ONE, _ONE + count + -count % _WIDTH, device=centroid_KD.device).float()
+        self.score_BK = centroid_KD.new_empty(0, len(self.code_K))
+        unit = 2.0 ** (-24 if torch.get_float32_matmul_precision() == "highest" else -8)
+        self.per_length = 2.002 * unit * (2 * size + 16) * largest  # .002: what the length itself is wrong by
+        self.at_least = 32 * unit * largest**2 + size * 2.0**-120  # the last for what underflows
 
     def _scores(self, feature_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared distances less the feature's own square [B, K], about, and by how much they may be apart from the lowest."""
-        moved_BD = feature_BD.float() - self.mean_D
-        with torch.autocast(moved_BD.device.type, enabled=False):
-            score_BK = torch.addmm(self.square_K, moved_BD, self.moved_DK, alpha=-2)
-        return score_BK, torch.linalg.vector_norm(moved_BD, dim=1) * (1.001 * self.per_length) + self.at_least
+        """[B, K], K filled up with infinities to whole vectors of a CPU; overwritten by the next call. And how much above the
+        lowest is to be compared: [B]."""
+        rows, count = len(feature_BD), len(self.centroid_KD)
+        if rows > len(self.score_BK):
+            self.score_BK = self.score_BK.new_empty(rows, self.score_BK.shape[1])
+        score_BK = self.score_BK[:rows]
+        score_BK[:, count:] = math.inf
+        x_BD = feature_BD.float() if self.mean_D is None else feature_BD - self.mean_D
+        with torch.autocast(x_BD.device.type, enabled=False):
+            torch.addmm(self.bias_K, x_BD, self.moved_DK, alpha=-2, out=score_BK[:, :count])
+        return score_BK, torch.linalg.vector_norm(x_BD, dim=1).mul_(self.per_length).add_(self.at_least)
 
     def labels(self, feature_BD: Tensor) -> Tensor:
         """The nearest centroid of each: int64 [B]."""
         score_BK, slack_B = self._scores(feature_BD)
-        score_BGJ = score_BK.view(len(score_BK), _GROUPS, -1)
-        low_BJ = score_BGJ.amin(1)
-        limit_B = low_BJ.amin(1) + slack_B
-        row, j = (low_BJ > limit_B[:, None]).logical_not_().nonzero(as_tuple=True)
-        hit, group = (score_BGJ[row, :, j] > limit_B[row, None]).logical_not_().nonzero(as_tuple=True)
-        row_P, index_P = row[hit], group * score_BGJ.shape[2] + j[hit]
-        label_B = torch.zeros(len(feature_BD), dtype=torch.int64, device=feature_BD.device)
-        label_B[row_P] = index_P
-        if len(row_P) > len(label_B):
-            several_P = (torch.bincount(row_P)[row_P] > 1) & (index_P < len(self.centroid_KD))
-            row_P, index_P = row_P[several_P], index_P[several_P]
-            row_P, index_P, _ = self._sorted(feature_BD, row_P, index_P)
+        one_BK = score_BK.le_((score_BK.amin(1) + slack_B)[:, None]).mul_(self.code_K)
+        label_B = (one_BK.sum(1) - _ONE).long()  # the index if there is one, and beyond any if there are several
+        unclear = ((label_B < 0) | (label_B >= _ONE)).nonzero()[:, 0]  # none where the arithmetic overflowed
+        if len(unclear):
+            some_BK = one_BK[unclear, : len(self.centroid_KD)] > 0
+            some_BK |= ~some_BK.any(1, keepdim=True)
+            row_P, index_P = some_BK.nonzero(as_tuple=True)
+            row_P, index_P, _ = self._sorted(feature_BD[unclear], row_P, index_P)
             first_P = torch.ones_like(row_P, dtype=torch.bool)
             first_P[1:] = row_P[1:] != row_P[:-1]
-            label_B[row_P[first_P]] = index_P[first_P]
+            label_B[unclear] = index_P[first_P]
         return label_B
 
     def nearest(self, feature_BD: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """As the function of that name."""
-        size = len(self.centroid_KD)
         if count == 1:
             label_B = self.labels(feature_BD)
             return label_B[:, None], self.distances(feature_BD, label_B).float()[:, None]
         score_BK, slack_B = self._scores(feature_BD)
-        limit_B = score_BK[:, :size].topk(count, largest=False).values[:, -1] + slack_B
-        row_P, index_P = (score_BK[:, :size] > limit_B[:, None]).logical_not_().nonzero(as_tuple=True)
+        score_BK = score_BK[:, : len(self.centroid_KD)]
+        limit_B = score_BK.topk(count, largest=False).values[:, -1] + slack_B
+        row_P, index_P = (score_BK > limit_B[:, None]).logical_not_().nonzero(as_tuple=True)
         row_P, index_P, distance_P = self._sorted(feature_BD, row_P, index_P)
         begin_B = torch.searchsorted(row_P, torch.arange(len(feature_BD), device=row_P.device))
         at_BC = begin_B[:, None] + torch.arange(count, device=row_P.device)
@@ -231,20 +237,20 @@ class _Search:
 
     def distances(self, feature_BD: Tensor, label_B: Tensor) -> Tensor:
         """Squared distances of each feature from its centroid: float64 [B]."""
-        rows = max(1, 2**20 // feature_BD.shape[1])
-        parts = zip(feature_BD.split(rows), label_B.split(rows), strict=True)
-        found = [_sums((x_BD.double() - self.centroid_KD[label]).square_()) for x_BD, label in parts]
-        return torch.cat(found) if found else label_B.double()
+        parts = [slice(at, at + _piece(feature_BD)) for at in range(0, len(feature_BD), _piece(feature_BD))]
+        return torch.cat([self._distances(feature_BD[part], label_B[part]) for part in parts])
+
+    def _distances(self, feature_BD: Tensor, label_B: Tensor) -> Tensor:
+        centroid_BD = self.centroid_KD.index_select(0, label_B).double()
+        return _sums(centroid_BD.sub_(feature_BD.double()).square_())
 
     def _sorted(self, feature_BD: Tensor, row_P: Tensor, index_P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs by feature, of each by distance, then by index; and the distances."""
-        rows = max(1, 2**20 // feature_BD.shape[1])
-        parts = zip(row_P.split(rows), index_P.split(rows), strict=True)
-        distance_P = torch.cat([self.distances(feature_BD[row], index) for row, index in parts])
-        by_P = torch.argsort(index_P, stable=True)
-        by_P = by_P[torch.argsort(distance_P[by_P], stable=True)]
+        """Pairs by feature, of each by distance, then by index; and the distances. They come by feature, then by index."""
+        parts = zip(row_P.split(_piece(feature_BD)), index_P.split(_piece(feature_BD)), strict=True)
+        distance_P = torch.cat([self._distances(feature_BD.index_select(0, row), index) for row, index in parts])
+        by_P = torch.argsort(distance_P, stable=True)
         by_P = by_P[torch.argsort(row_P[by_P], stable=True)]
-        return row_P[by_P], index_P[by_P], distance_P[by_P]
+        return row_P, index_P[by_P], distance_P[by_P]
 
 
 class _Lloyd:
@@ -261,10 +267,11 @@ class _Lloyd:
         self.feature_ND, self.count, self.mark, self.path, self.report = feature_ND, count, mark, path, report
         self.rounder = 1.5 * 2.0**52 * unit
         self.passes, self.settled = 0, False
-        self.saved = (0, time.monotonic())
+        self.saved, self.told = (0, time.monotonic()), time.monotonic()
 
     def begin(self, centroid_KD: Tensor) -> None:
         device = self.feature_ND.device
+        assert centroid_KD.shape == (self.count, self.feature_ND.shape[1])
         self.centroid_KD = centroid_KD.to(device, torch.float32, copy=True).contiguous()
         self.label_N = torch.full((len(self.feature_ND),), -1, device=device)
         self._count()
@@ -283,20 +290,14 @@ class _Lloyd:
             yield part
             interrupts.check()
 
-    def _move(self, rows: slice | Tensor, old_B: Tensor, new_B: Tensor) -> None:
+    def _move(self, rows: slice, old_B: Tensor, new_B: Tensor) -> None:
         """Moves features between the clusters' sums, those whose label has changed; -1 is none."""
-        changed = (old_B != new_B).nonzero()[:, 0]
-        if not len(changed):
-            return
-        x_BD = self.feature_ND[rows][changed].double().add_(self.rounder).sub_(self.rounder)
-        for label_B, sign in ((old_B[changed], -1), (new_B[changed], 1)):
-            some = (label_B >= 0).nonzero()[:, 0]
-            if len(some):
-                by = torch.argsort(label_B[some], stable=True)
-                each_K = torch.bincount(label_B[some], minlength=self.count)
-                begin_K = each_K.cumsum(0) - each_K
-                self.sum_KD.add_(F.embedding_bag(some[by], x_BD, begin_K, mode="sum"), alpha=sign)
-                self.count_K.add_(each_K, alpha=sign)
+        for sign, label_B in ((-1, old_B), (1, new_B)):
+            changed = ((old_B != new_B) & (label_B >= 0)).nonzero()[:, 0]
+            self.count_K.add_(torch.bincount(label_B[changed], minlength=self.count), alpha=sign)
+            for some in changed.split(_piece(self.feature_ND)):
+                x_BD = self.feature_ND[rows].index_select(0, some).double().add_(self.rounder).sub_(self.rounder)
+                self.sum_KD.index_add_(0, label_B[some], x_BD, alpha=sign)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -305,16 +306,16 @@ class _Lloyd:
         for part in self._parts():
             label_N[part] = search.labels(self.feature_ND[part])
             self._move(part, self.label_N[part], label_N[part])
-        moved = self._fill(search, label_N)
+        filled = self._fill(search, label_N)
         changed = int((label_N != self.label_N).sum())
         full_K = self.count_K > 0
         mean_KD = (self.sum_KD / self.count_K.clamp(min=1)[:, None]).float()
         self.centroid_KD = torch.where(full_K[:, None], mean_KD, self.centroid_KD)
         self.label_N, self.passes = label_N, self.passes + 1
         self.settled = not changed
-        self.report(
-            f"k-means: pass {self.passes}, {changed} labels changed" + (f", {moved} clusters refilled" * (moved > 0))
-        )
+        if time.monotonic() - self.told >= _EVERY_S:
+            self.told = time.monotonic()
+            self.report(f"k-means: pass {self.passes}, {changed} labels changed, {filled} empty clusters filled")
 
     def _fill(self, search: _Search, label_N: Tensor) -> int:
         """Gives each empty cluster the feature farthest from its centroid, if it is not alone there; returns how many."""
@@ -345,6 +346,8 @@ class _Lloyd:
             label_N = torch.cat([search.labels(self.feature_ND[part]) for part in self._parts()])
         inertia = float(_sums(self._distances(search, label_N)[None])[0])
         count_K = torch.bincount(label_N, minlength=self.count)
+        how = "no label changes any more" if self.settled else "labels still change"
+        self.report(f"k-means: {len(label_N)} features in {self.count} clusters, {self.passes} passes, {how}")
         return Clusters(self.centroid_KD, inertia, count_K, self.passes, self.settled)
 
     def save(self, every_s: float) -> None:
@@ -383,36 +386,38 @@ def _check(feature_ND: Tensor, count: int) -> None:
 
 
 def _chunks(feature_ND: Tensor, count: int) -> Iterator[slice]:
-    """Rows at a time: as many as keep the scores in the cache of a CPU, and a GPU busy."""
-    if feature_ND.device.type == "cuda":
-        rows = max(256, 2**27 // max(count, feature_ND.shape[1]))
-    else:
-        rows = min(4096, max(256, 2**19 // max(count, feature_ND.shape[1])))
+    """Rows at a time: enough to keep a GPU busy, and few enough for the cache of a CPU."""
+    at_once, most = (2**27, 2**17) if feature_ND.device.type == "cuda" else (2**20, 2**13)
+    rows = min(most, max(256, at_once // max(count, feature_ND.shape[1])))
     for at in range(0, len(feature_ND), rows):
         yield slice(at, at + rows)
 
 
-def _survey(feature_ND: Tensor) -> tuple[float, int]:
-    """The unit to which features are rounded in sums, and a checksum."""
-    largest, checksum = 0.0, 0
+def _piece(feature_ND: Tensor) -> int:
+    """Rows of float64 at a time."""
+    return max(1, (2**24 if feature_ND.device.type == "cuda" else 2**17) // feature_ND.shape[1])
+
+
+def _survey(feature_ND: Tensor) -> float:
+    """The unit to which features are rounded in sums, so that 53 bits hold any sum."""
+    largest = 0.0
     for part in _chunks(feature_ND, 1):
-        x_BD = feature_ND[part]
-        low, high = (float(v) for v in torch.aminmax(x_BD))
+        low, high = (float(v) for v in torch.aminmax(feature_ND[part]))
         if not math.isfinite(high - low):
-            at = part.start + int((~x_BD.isfinite().all(1)).nonzero()[0])
-            raise ValueError(f"the features to cluster are not finite numbers, the first at index {at}")
+            at = part.start + int((~feature_ND[part].isfinite().all(1)).nonzero()[0])
+            raise ValueError(f"the features to cluster must be finite numbers; those at index {at} are not")
         largest = max(largest, -low, high)
-        checksum = (checksum + _checksum(x_BD, part.start)) % 2**63
         interrupts.check()
-    bits = math.frexp(largest)[1] + math.ceil(math.log2(max(2, len(feature_ND))))
-    return 2.0 ** (bits - 52), checksum
+    return 2.0 ** (math.frexp(largest)[1] + math.ceil(math.log2(max(2, len(feature_ND)))) - 52)
 
 
-def _checksum(x_BD: Tensor, first: int) -> int:
-    """Of the bits; rows and columns have weights of their own. Sums of whole numbers, modulo 2**64, in any order."""
-    bits_BD = x_BD.contiguous().view(torch.int32 if x_BD.dtype == torch.float32 else torch.int16)
-    weight_D, weight_B = (torch.arange(n, device=x_BD.device) * 2 + 1 for n in reversed(x_BD.shape))
-    return int((((bits_BD * weight_D).sum(1)) * (weight_B + 2 * first)).sum())
+def _checksum(feature_ND: Tensor) -> int:
+    """Of the bits of 1024 features at most. Whole numbers modulo 2**64: any order of adding gives the same."""
+    chosen = torch.linspace(0, len(feature_ND) - 1, min(1024, len(feature_ND)), dtype=torch.float64).long()
+    x_SD = feature_ND[chosen.to(feature_ND.device)].contiguous()
+    bits_SD = x_SD.view(torch.int32 if x_SD.dtype == torch.float32 else torch.int16).long()
+    weight_S, weight_D = (torch.arange(n, device=x_SD.device) * 2 + 1 for n in x_SD.shape)
+    return int(((bits_SD * weight_D).sum(1) * weight_S).sum())
 
 
 def _sums(x_PD: Tensor) -> Tensor:
