@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .log import read_lines
+from .pretext.pictures import Cluster, Probe, Solved
 from .saliency import Column
 
 _NAMED = 30  # classes that a picture has room to name
@@ -95,6 +96,59 @@ def clip(pictures: list[tuple[str, np.ndarray]]) -> str:
         axis.set_title(title, fontsize=7)
         _bare(axis)
     return _embedded(figure, "frames of a clip")
+
+
+def puzzles(solved: list[Solved]) -> str:
+    """Images, each beside its puzzle, with gaps between the tiles; above them what the network says.
+
+    Args:
+        solved: at least one.
+    """
+    figure = _figure(2.8 * len(solved), 1.75)
+    for b, (left, right) in enumerate(figure.subplots(1, 2 * len(solved), squeeze=False)[0].reshape(-1, 2)):
+        left.imshow(solved[b].picture_HW3)
+        right.imshow(solved[b].puzzle_HW3)
+        right.set_title(solved[b].said, fontsize=8, color="C2" if solved[b].right else "C3")
+        _bare(left)
+        _bare(right)
+    return _embedded(figure, "puzzles")
+
+
+def clusters(shown: list[Cluster]) -> str:
+    """The images nearest to centroids, a line a cluster.
+
+    Args:
+        shown: at least one.
+    """
+    figure = _figure(5.2, 0.83 * len(shown) + 0.1)
+    for axis, cluster in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
+        axis.imshow(cluster.strip_HW3)
+        axis.set_title(cluster.title.replace("$", r"\$"), fontsize=8, loc="left")
+        _bare(axis)
+    return _embedded(figure, "clusters")
+
+
+def probes(group: dict[str, Probe]) -> str:
+    """Bars of a linear classifier's figures on each stage, a colour a row; lines on them are those of random weights.
+
+    Args:
+        group: of rows whose probes can be compared.
+    """
+    stages = list(dict.fromkeys(stage for probe in group.values() for stage in probe.stages))
+    first = next(iter(group.values()))
+    figure = _figure(max(5.5, 1.1 * len(stages) + 4), 3.6)
+    axis, width = figure.subplots(), 0.8 / len(group)
+    for r, (row, probe) in enumerate(group.items()):
+        place = [stages.index(stage) + (r - (len(group) - 1) / 2) * width for stage in probe.stages]
+        trained, random = ([values[stage] for stage in probe.stages] for values in (probe.test, probe.random))
+        axis.bar(place, trained, width, label=_short(row), color=f"C{r}")
+        axis.bar(place, random, width, label=None if r else "random weights", fill=False, ls="--", lw=1.2)
+    axis.axhline(first.chance, color="black", lw=0.8, label="always the same answer")
+    axis.set_xticks(range(len(stages)), [_short(stage) for stage in stages], fontsize=8)
+    axis.set(title=f"{figure_name(first.metric)} % of linear probes")
+    axis.grid(alpha=0.3, axis="y")
+    figure.legend(loc="outside right upper", fontsize=8)
+    return _embedded(figure, "linear probes")
 
 
 def _bare(axis: Any) -> None:

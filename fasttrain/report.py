@@ -9,9 +9,21 @@ from . import figures
 from .figures import figure_name
 from .files import write_text
 from .log import read_lines
+from .pretext.pictures import Probe, read_probe
 from .recipe import Recipe, to_yaml
-from .report_data import data_sections
-from .words import METHODS, method_settings, place_of
+from .report_data import data_sections, first_seeds, questions
+from .saliency import WHY_NOT
+from .words import (
+    LABELS,
+    METHODS,
+    how_learned,
+    learns,
+    method_settings,
+    own_columns,
+    percent,
+    place_of,
+    rows_by_kind,
+)
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2733 }
@@ -40,14 +52,15 @@ def write(path: Path, recipe: Recipe, table: dict[str, Any], jobs: list, summari
         f"<!doctype html><meta charset=utf-8><title>{_e(recipe.name)}</title><style>{_STYLE}</style>",
         f"<h1>{_e(recipe.name)}</h1>",
         "<h2>Test split</h2>",
-        _table(table, list(dict.fromkeys(metrics))),
+        *_tables(table),
         f"<p class=small>{_e(_selection(jobs, metrics))} {_runs(table)}</p>",
         "<h2>Methods</h2>",
         _methods(jobs),
         "<h2>Curves</h2>",
-        figures.curves(jobs, metrics, " or ".join(selects)),
+        *_curves(jobs, metrics, " or ".join(selects)),
         *_cosines(jobs),
         *data_sections(jobs, summaries),
+        *_probes(jobs),
         "<h2>Where the time went</h2>",
         _times(jobs, summaries),
         "<h2>Sources and data</h2>",
@@ -95,15 +108,41 @@ def _selection(jobs: list, metrics: list[str]) -> str:
     return " ".join(f"{', '.join(dict.fromkeys(rows))}: {text}" for text, rows in rows_by_text.items())
 
 
-def _table(table: dict[str, Any], metrics: list[str]) -> str:
-    names = list(dict.fromkeys(name for row in table["rows"] for name in row["test"]))
+def _tables(table: dict[str, Any]) -> list[str]:
+    """A table for each kind of question that the rows answer."""
+    out = []
+    for kind, rows in rows_by_kind(table["rows"]).items():
+        own = own_columns(kind)
+        out += [] if own is None else [f"<h3>{_e(kind.capitalize())}</h3>"]
+        out.append(_table(rows, table["unit"], own))
+        out += [] if own is None else [f"<p class=small>{_e(_OWN[kind])}</p>"]
+    return out
+
+
+_OWN = {
+    "order of tiles": "Puzzles of the test split's images. Chance is 100 / orders. Not the data set's labels, so not to be "
+    "compared with figures on those.",
+    "clusters": "How often the cluster of a test image is told. Rows that learn other clusters answer other questions. The "
+    "largest cluster's share is what always naming it would reach (blank where a run's summary does not say). Not the data "
+    "set's labels, so not to be compared with figures on those.",
+}
+
+
+def _table(rows: list[dict[str, Any]], unit: str, own: tuple[str, str] | None) -> str:
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    names = list(dict.fromkeys(name for row in rows for name in row["test"]))
     names.sort(key=lambda k: (metrics.index(k) if k in metrics else len(metrics), k == "loss"))
-    head = "".join(f"<th>{_e(figure_name(n))}{'' if n == 'loss' else ' %'}" for n in names)
-    rows = []
-    for row in table["rows"]:
-        cells = "".join(f"<td>{_figure(row['test'].get(n))}" for n in names)
-        rows.append(f"<tr><td>{_e(row['name'])}{cells}<td>{row['images_per_s']:.0f}<td>{row['seeds']}")
-    return f"<table><tr><th>{head}<th>{table['unit']}/s<th>seeds{''.join(rows)}</table>"
+    head = [f"{_e(figure_name(n))}{'' if n == 'loss' else ' %'}" for n in names]
+    lines = [[_figure(row["test"].get(n)) for n in names] for row in rows]
+    if own is not None:  # the count of classes, the figure, what chance would reach
+        head = [own[0], head[0], own[1], *head[1:]]
+        pairs = zip(rows, lines, strict=True)
+        lines = [[str(row["classes"]), line[0], percent(row["chance"]), *line[1:]] for row, line in pairs]
+    body = "".join(
+        f"<tr><td>{_e(row['name'])}{''.join(f'<td>{cell}' for cell in line)}<td>{row['images_per_s']:.0f}<td>{row['seeds']}"
+        for row, line in zip(rows, lines, strict=True)
+    )
+    return f"<table><tr><th>{''.join(f'<th>{name}' for name in head)}<th>{unit}/s<th>seeds{body}</table>"
 
 
 def _figure(value: dict[str, Any] | None) -> str:
@@ -113,21 +152,35 @@ def _figure(value: dict[str, Any] | None) -> str:
 
 
 def _methods(jobs: list) -> str:
-    """Of each row: its target, its method and the method's own fields."""
+    """Of each row: its target, its method and the method's own fields; what it learns, if not all learn labels."""
+    own = any(learns(job.recipe) != LABELS for job in jobs)
     rows = []
     for row in dict.fromkeys(job.row for job in jobs):
         recipe = next(job.recipe for job in jobs if job.row == row)  # of the first seed
         target = recipe.target.model + (f" from {place_of(recipe.target.weights)}" if recipe.target.weights else "")
-        cells = (row, target, recipe.method.name, _fields(recipe))
+        cells = [row, target, *([how_learned(recipe)] if own else []), recipe.method.name, _fields(recipe)]
         rows.append("<tr>" + "".join(f"<td>{_e(cell)}" for cell in cells))
-    return f"<table class=words><tr><th><th>target<th>method<th>{''.join(rows)}</table>"
+    head = "<th><th>target" + ("<th>learns" if own else "") + "<th>method<th>"
+    return f"<table class=words><tr>{head}{''.join(rows)}</table>"
 
 
 def _fields(recipe: Recipe) -> str:
     taught = ", ".join(f"{s.name} ({s.model})" for s in recipe.chosen_sources())
     kind = "teachers" if recipe.method.name == "kd" else "sources"
     said = [f"{kind} {taught}" if taught else "", method_settings(recipe)]
-    return "; ".join(text for text in said if text) or METHODS["scratch"]
+    alone = METHODS["scratch"] if learns(recipe) == LABELS else "these alone"
+    return "; ".join(text for text in said if text) or alone
+
+
+def _curves(jobs: list, metrics: list[str], split: str) -> list[str]:
+    """Curves of rows that answer one question share axes; no others do."""
+    asked, out = questions(jobs), []
+    for key in sorted(dict.fromkeys(asked), key=lambda key: key[0] != LABELS):
+        mine = [i for i, its in enumerate(asked) if its == key]
+        if len(set(asked)) > 1:
+            out.append(f"<h3>{_e(learns(jobs[mine[0]].recipe).capitalize())}</h3>")
+        out.append(figures.curves([jobs[i] for i in mine], [metrics[i] for i in mine], split))
+    return out
 
 
 def _cosines(jobs: list) -> list[str]:
@@ -151,6 +204,37 @@ def _cosines(jobs: list) -> list[str]:
         figures.cosines(jobs, list(dict.fromkeys(name for _, name in values))),
         f"<table><tr><th><th>auxiliary loss<th>mean cosine<th>points below 0, %{rows}</table>",
     ]
+
+
+def _probes(jobs: list) -> list[str]:
+    """Linear probes of the rows' stages, where `fasttrain probe` has measured any of the first seeds."""
+    probes: dict[str, Probe] = {}
+    missing = []
+    for job in first_seeds(jobs):
+        try:
+            found = read_probe(job.folder)
+        except WHY_NOT as error:
+            missing.append(f"<p class=small>Not shown: {_e(str(error))}</p>")
+            continue
+        probes |= {job.row: found} if found is not None else {}
+    alike: dict[tuple, dict[str, Probe]] = {}
+    for row, probe in probes.items():
+        alike.setdefault(probe.measured, {})[row] = probe
+    out = []
+    for group in alike.values():
+        out += [f"<p>{_e(next(iter(group.values())).words())}</p>", figures.probes(group), _probe_table(group)]
+    return ["<h2>Linear probes</h2>", *out, *missing] if out or missing else []
+
+
+def _probe_table(group: dict[str, Probe]) -> str:
+    """Each row's figures stage by stage, and below them those of random weights."""
+    stages = list(dict.fromkeys(stage for probe in group.values() for stage in probe.stages))
+    body = ""
+    for row, probe in group.items():
+        for name, values in ((row, probe.test), (f"{row}: random weights", probe.random)):
+            cells = "".join(f"<td>{percent(values.get(stage))}" for stage in stages)
+            body += f"<tr><td>{_e(name)}{cells}"
+    return f"<table><tr><th>{''.join(f'<th>{_e(stage)}' for stage in stages)}{body}</table>"
 
 
 def _times(jobs: list, summaries: list[dict[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """What report.html shows of the data: which classes were confused, what networks look at, and a clip."""
 
 import html
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from statistics import mean
@@ -12,19 +13,24 @@ from . import figures
 from .build import loader_specs, open_data
 from .details import by_class, confused, over_seeds
 from .loaders import Dataset, open_loader
+from .pretext import pictures
 from .recipe import Recipe, Source
 from .saliency import WHY_NOT, Column, chosen_samples, labels, source_column, target_column
+from .words import LABELS, learns
 
 _PAIRS, _CHANGES = 15, 10  # lines of the tables
+_COUNTS = 2  # numbers of clusters that have pictures
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The runs on one data set, and their summaries."""
+    """The runs on one data set and its labels, or on one puzzle or clusters of it, and their summaries; the numbers of
+    clusters that are drawn."""
 
     dataset: Dataset
     jobs: list
     summaries: list[dict[str, Any]]
+    drawn: list[int]
 
     def shown(self) -> list[str]:
         """Two rows to look at closely, or the only one: one that learned from labels alone (from random weights, if there is
@@ -40,38 +46,79 @@ class _Group:
 
     def firsts(self) -> list[Any]:
         """Each row's job of the first seed."""
-        return list({job.row: job for job in reversed(self.jobs)}.values())[::-1]
+        return first_seeds(self.jobs)
 
     def of(self, row: str) -> list[tuple[Any, dict[str, Any]]]:
         """A row's jobs and summaries, seed by seed."""
         return [(j, s) for j, s in zip(self.jobs, self.summaries, strict=True) if j.row == row]
 
 
+def first_seeds(jobs: list) -> list[Any]:
+    """Each row's job of the first seed."""
+    return list({job.row: job for job in reversed(jobs)}.values())[::-1]
+
+
+def questions(jobs: list) -> list[tuple]:
+    """Of each job, what its row is asked: rows for which it is the same can stand beside each other.
+
+    That of rows that learn their data set's labels is the same for all of them, whatever the data set.
+    """
+    asked = {job.row: _question(job.recipe) for job in first_seeds(jobs)}
+    return [asked[job.row] for job in jobs]
+
+
+def _question(recipe: Recipe) -> tuple:
+    what, pretext = learns(recipe), recipe.pretext
+    if what == LABELS:
+        return (LABELS,)
+    if pretext.task != "none":
+        puzzle = (pretext.grid, pretext.tile, pretext.channel_shift, pretext.replaced, pretext.grey)
+        return (what, _place(recipe), puzzle, recipe.data.size)
+    stage = (pretext.layer, pretext.pool, pretext.unit_length, pretext.iterations)
+    return what, _place(recipe), recipe.data.labels, stage
+
+
+def _place(recipe: Recipe) -> tuple:
+    """Which data set."""
+    return recipe.data.name, recipe.data.root, recipe.data.split
+
+
 def data_sections(jobs: list, summaries: list[dict[str, Any]]) -> list[str]:
-    """The sections of each data set that the rows learned. What cannot be made is a sentence that says why.
+    """The sections of each data set that the rows learned, and of each puzzle or clusters of it. What cannot be made is a
+    sentence that says why.
 
     Args:
         jobs: the runs.
         summaries: theirs, in the same order.
     """
     groups: dict[tuple, list[int]] = {}
-    for i, job in enumerate(jobs):
-        data = job.recipe.data
-        groups.setdefault((data.name, data.root, data.split), []).append(i)
+    for i, (job, asked) in enumerate(zip(jobs, questions(jobs), strict=True)):
+        groups.setdefault((asked[0] != LABELS, _place(job.recipe), asked), []).append(i)
+    several = len({place for _, place, _ in groups}) > 1
+    drawn = _drawn(jobs)
     out: list[str] = []
-    for members in groups.values():
+    for (own, _, _), members in sorted(groups.items(), key=lambda item: item[0][0]):
         recipe = jobs[members[0]].recipe
-        name = f": {_e(recipe.data.name)}" if len(groups) > 1 else ""
+        parts = [", ".join(dict.fromkeys(jobs[i].row for i in members))] if own and len(groups) > 1 else []
+        parts += [recipe.data.name] if several else []
+        name = f": {_e(', '.join(parts))}" if parts else ""
+        sections = _SECTIONS[learns(recipe).partition(",")[0]]
         try:  # the runs have compared its files with their checksums
             dataset = open_data(replace(recipe, data=replace(recipe.data, verify=False)))
         except WHY_NOT as error:
-            out.append(f"<h2>Classes{name}</h2><p>Not shown: {_e(str(error))}</p>")
+            out.append(f"<h2>{sections[0][0]}{name}</h2><p>Not shown: {_e(str(error))}</p>")
             continue
-        group = _Group(dataset, [jobs[i] for i in members], [summaries[i] for i in members])
-        for title, section in (("Classes", _classes), ("What the networks look at", _looks), ("A clip", _clip)):
+        group = _Group(dataset, [jobs[i] for i in members], [summaries[i] for i in members], drawn)
+        for title, section in sections:
             made = section(group)
             out += [f"<h2>{title}{name}</h2>", *made] if made else []
     return out
+
+
+def _drawn(jobs: list) -> list[int]:
+    """The numbers of clusters that are shown in pictures: the first two that rows learn."""
+    counts = [j.recipe.pretext.clusters for j in jobs if j.recipe.data.labels and j.recipe.pretext.task == "none"]
+    return list(dict.fromkeys(counts))[:_COUNTS]
 
 
 def _e(text: str) -> str:
@@ -200,3 +247,59 @@ def _clip(group: _Group) -> list[str]:
     name = _e(group.dataset.classes[label]) if label >= 0 else "no class"
     said = f"<p>The first clip of the training ({name}) as the target saw it, and the frame that the sources saw.</p>"
     return [said, figures.clip([(title, pixel_3HW.permute(1, 2, 0).numpy()) for title, pixel_3HW in pictures])]
+
+
+# what is learned without labels
+
+
+def _puzzles(group: _Group) -> list[str]:
+    """Puzzles of the evaluation, and what the networks of the first seeds say."""
+    out = []
+    for job in group.firsts():
+        row = f"<b>{_e(job.row)}</b>: " if len(group.firsts()) > 1 else ""
+        try:
+            solved = pictures.puzzles(job.recipe, str(job.folder), group.dataset)
+        except WHY_NOT as error:
+            out.append(f"<p class=small>{row}No puzzles: {_why(error)}.</p>")
+            continue
+        pretext = job.recipe.pretext
+        said = (
+            f"The first {len(solved)} images of the test split, and their puzzles as the network saw them: {pretext.grid} x "
+            f"{pretext.grid} tiles in one of {pretext.permutations} orders, up to {pretext.replaced} of them another image's. "
+            "Above each stands whether the network tells the order, and the probability of its answer."
+        )
+        out += [f"<p>{row}{_e(said)}</p>", figures.puzzles(solved)]
+    return [*out, "<p class=small>No Grad-CAM of networks that solve puzzles: they see tiles, not the image.</p>"]
+
+
+def _clusters(group: _Group) -> list[str]:
+    """The images nearest to some of the centroids that the rows learn to tell apart."""
+    recipe = group.jobs[0].recipe
+    if recipe.pretext.clusters not in group.drawn:
+        return [
+            f"<p>Not drawn: only clusters of the first two numbers are ({' and '.join(map(str, group.drawn))}).</p>"
+        ]
+    try:
+        shown = pictures.clusters(recipe)
+    except WHY_NOT as error:
+        return [f"<p>Not shown: {_why(error)}.</p>"]
+    said = (
+        f"{len(shown)} of {recipe.pretext.clusters} clusters, and the {pictures.NEAREST} training images nearest to the centroid "
+        f"of each, nearest first. They are taken evenly from the list of clusters from the largest to the smallest, leaving out "
+        f"those with fewer than {pictures.NEAREST} training images (where fewer than {pictures.CLUSTERS} have as many, those "
+        "without any). Beside a cluster's size stands its most frequent class by the data set's own labels: for information "
+        "only, nothing was learned from it."
+    )
+    seeds = len({job.recipe.run.seed for job in group.jobs})
+    return [f"<p>{_e(said)}{' Those of the first seed.' if seeds > 1 else ''}</p>", figures.clusters(shown)]
+
+
+def _why(error: Exception) -> str:
+    return _e(" ".join(str(error).split())[:300].rstrip("."))
+
+
+_SECTIONS: dict[str, tuple[tuple[str, Callable[[_Group], list[str]]], ...]] = {
+    "labels": (("Classes", _classes), ("What the networks look at", _looks), ("A clip", _clip)),
+    "order of tiles": (("Puzzles", _puzzles),),
+    "clusters": (("Clusters", _clusters), ("What the networks look at", _looks)),
+}

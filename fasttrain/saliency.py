@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checkpoint, gradcam
 from .build import build_target, loader_specs
@@ -18,6 +18,8 @@ from .device import choose_device
 from .inference import open_run
 from .kernels import network_input
 from .loaders import Batch, ClipPlan, Dataset, open_loader
+from .models import Target
+from .pretext.source import CLUSTERS, ClusterLogits, open_clusters
 from .recipe import Recipe, Source
 from .sources import open_source
 from .trained import TRAINED, open_trained
@@ -77,20 +79,29 @@ def target_column(title: str, recipe: Recipe, folder: str, dataset: Dataset, ind
     Raises:
         ValueError, OSError, RuntimeError: it cannot be made.
     """
-    device, batch = choose_device(recipe.run.device), _batch(recipe, dataset, index_B)
-    path, state = open_run(folder)
-    target = build_target(recipe, len(dataset.classes), {}, weights=False)
-    checkpoint.load_target(target, state, path, dataset.classes)
-    target.to(device).eval()
-    mean, std = (torch.tensor(v, device=device) for v in (recipe.data.mean, recipe.data.std))
-    own_B = torch.from_numpy(labels(dataset, index_B)).to(device)
-    found = gradcam.explain(target, network_input(batch.pixels.to(device), mean, std), own_B)
+    batch, (target, x) = _asked(recipe, folder, dataset, index_B)
+    own_B = torch.from_numpy(labels(dataset, index_B)).to(x.device)
+    found = gradcam.explain(target, x, own_B)
     if dataset.multi_label:
         share_B = found.logits_BK.gather(1, own_B[:, None])[:, 0].sigmoid().tolist()
         said = [f"{dataset.classes[k]} {_percent(p)}" for k, p in zip(own_B.tolist(), share_B, strict=True)]
     else:
         said = _best(found.logits_BK, dataset.classes)
     return _column(title, batch.images, found.cam, said, recipe.data.frames)
+
+
+def answers(recipe: Recipe, folder: str, dataset: Dataset, index_B: np.ndarray) -> tuple[Batch, Tensor]:
+    """The samples as they are evaluated, and what a run's selected weights make of them: logits, float32 [B, K], on the CPU.
+
+    Args:
+        recipe, folder, dataset, index_B: as for :func:`target_column`.
+
+    Raises:
+        ValueError, OSError, RuntimeError: there are none.
+    """
+    batch, (target, x) = _asked(recipe, folder, dataset, index_B)
+    with torch.no_grad():
+        return batch, target(x).logits_BK.float().cpu()
 
 
 def source_column(source: Source, recipe: Recipe, dataset: Dataset, index_B: np.ndarray) -> Column:
@@ -103,18 +114,28 @@ def source_column(source: Source, recipe: Recipe, dataset: Dataset, index_B: np.
     Raises:
         ValueError, OSError, RuntimeError: it cannot be made.
     """
-    device, batch = choose_device(recipe.run.device), _batch(recipe, dataset, index_B)
+    device, batch = choose_device(recipe.run.device), as_evaluated(recipe, dataset, index_B)
     shown = batch.images if batch.still is None else batch.still
     frozen = replace(source, batch_norm="eval")
-    network = (open_trained(frozen) if source.model == TRAINED else open_source(frozen)).to(device)
+    if source.model == CLUSTERS:
+        network = open_clusters(frozen, recipe).to(device)
+    else:
+        network = (open_trained(frozen) if source.model == TRAINED else open_source(frozen)).to(device)
     x_BCHW = network_input(shown.to(device), network.mean, network.std, size=source.size)  # type: ignore[arg-type]
-    found = gradcam.explain(network.network, x_BCHW)
-    names = dataset.classes if source.model == TRAINED else _names(source)
+    explain = _of_clusters if source.model == CLUSTERS else gradcam.explain
+    found = explain(network.network, x_BCHW)
+    names = open_run(source.weights)[1]["classes"] if source.model == TRAINED else _names(source)
     return _column(source.name, shown, found.cam, _best(found.logits_BK, names), 0)
 
 
-def _batch(recipe: Recipe, dataset: Dataset, index_B: np.ndarray) -> Batch:
-    """The samples as they are evaluated, of each video one clip from its middle; with the sources' stills, if there are any."""
+def as_evaluated(recipe: Recipe, dataset: Dataset, index_B: np.ndarray) -> Batch:
+    """The samples as they are evaluated, of each video one clip from its middle; with the sources' stills, if there are any.
+
+    Args:
+        recipe: of the run.
+        dataset: the recipe's.
+        index_B: int64, which samples, in this order.
+    """
     data = recipe.data
     _, evals = loader_specs(recipe, dataset)
     spec = replace(
@@ -127,6 +148,40 @@ def _batch(recipe: Recipe, dataset: Dataset, index_B: np.ndarray) -> Batch:
     )
     with closing(open_loader("video" if data.frames else "torch", spec, workers=0)) as loader:
         return next(iter(loader))
+
+
+def _asked(recipe: Recipe, folder: str, dataset: Dataset, index_B: np.ndarray) -> tuple[Batch, tuple[Target, Tensor]]:
+    """The samples, a run's network, and its input."""
+    device, batch = choose_device(recipe.run.device), as_evaluated(recipe, dataset, index_B)
+    path, state = open_run(folder)
+    target = build_target(recipe, len(dataset.classes), {}, weights=False)
+    checkpoint.load_target(target, state, path, dataset.classes)
+    target.to(device).eval()
+    mean, std = (torch.tensor(v, device=device) for v in (recipe.data.mean, recipe.data.std))
+    return batch, (target, network_input(batch.pixels.to(device), mean, std))
+
+
+def _of_clusters(network: nn.Module, x_BCHW: Tensor) -> gradcam.Explained:
+    """Grad-CAM of the stage whose features were clustered, for the nearest centroid."""
+    assert isinstance(network, ClusterLogits)
+    (layer,), kept = network.features.layers, []
+
+    def cut(module: nn.Module, given, made: tuple[list[Tensor], Tensor]) -> tuple[list[Tensor], Tensor]:
+        taps = [*made[0], made[1]]
+        kept.append(taps[layer - 1].detach().requires_grad_())  # 0 is the last map, too
+        taps[layer - 1] = kept[0]
+        return taps[:-1], taps[-1]
+
+    handle = network.features.backbone.register_forward_hook(cut)
+    try:
+        with torch.enable_grad():
+            logits_BK = network(x_BCHW)
+    finally:
+        handle.remove()
+    if kept[0][0, 0].numel() == 1:
+        raise ValueError("the map of its stage has one place only")
+    class_B = logits_BK.argmax(1)
+    return gradcam.Explained(logits_BK.detach(), class_B, gradcam.grad_cam(kept[0], logits_BK, class_B))
 
 
 def _column(title: str, pixel_B3HW: Tensor, cam: Tensor, said: list[str], frames: int) -> Column:
@@ -153,6 +208,8 @@ def _names_of_imagenet() -> tuple[str, ...]:
 
 def _names(source: Source) -> Sequence[str]:
     """Of a source's classes: ImageNet's for trained networks of 1000 classes, else their numbers."""
+    if source.model == CLUSTERS:
+        return [f"cluster {i}" for i in range(source.classes)]
     if source.classes == 1000 and source.weights != "random":
         return _names_of_imagenet()
     return [f"class {i}" for i in range(source.classes)]
