@@ -87,7 +87,7 @@ class StageFeatures(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> list[Tensor]:
         """Normalised pixels [B, 3, H, W] -> float32 [B, D], one of each layer."""
-        taps, last = self.backbone(standardised(x_BCHW) if self.standardise else x_BCHW)
+        taps, last = self.backbone(standardised(x_BCHW).to(x_BCHW.dtype) if self.standardise else x_BCHW)
         return [
             self._feature(taps[layer - 1] if layer else None, last, side)
             for layer, side in zip(self.layers, self.pool, strict=True)

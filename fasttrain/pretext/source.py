@@ -31,6 +31,13 @@ class ClusterLogits(nn.Module):
         self.features, self.scale = features, scale
         self.register_buffer("centroid_KD", centroid_KD)
 
+    def _apply(self, fn, recurse=True):
+        """As everywhere, but the centroids stay float32: they are subtracted from each other."""
+        kept_KD = self.get_buffer("centroid_KD")
+        super()._apply(fn, recurse)
+        self.centroid_KD = kept_KD.to(self.get_buffer("centroid_KD").device)
+        return self
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] -> float32 [B, K]. The constant ``|x|^2`` is left out: softmax takes no notice of it."""
         (feature_BD,) = self.features(x_BCHW)

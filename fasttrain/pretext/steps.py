@@ -76,12 +76,12 @@ def with_steps(recipe: Recipe) -> Recipe:
     if not recipe.rows:
         plain = {"method": {"name": "scratch"}}
         every = {"labelled": 0, "indices": None}
-        puzzle = {"target": {"model": recipe.pretext.model or recipe.target.model, "weights": None}}
+        puzzle = {"target": {"model": recipe.pretext.model or recipe.target.model, "weights": None, "classes": 0}}
         return _changed(
             recipe,
             rows={
                 "puzzle": plain | puzzle | {"data": every, "pretext": {"task": "jigsaw"}, "run": {"once": True}},
-                "pseudo-labels": plain | {"data": every | {"labels": "row:puzzle"}},
+                "pseudo-labels": plain | {"data": every | {"labels": "row:puzzle"}, "target": {"classes": 0}},
                 "fine-tuned": plain | {"target": {"weights": "row:pseudo-labels"}},
                 "scratch": plain,
             },
