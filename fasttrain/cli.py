@@ -27,7 +27,7 @@ usage: fasttrain COMMAND ...
   cache RECIPE [--field value ...]       soft labels ahead of a run (`fasttrain cache -h`)
   table N [--rows PATTERN,..] [--data-root DIR] [--budget full|smoke] [--list] [--field value ...]
                                          a table of the paper, 2 to 8 or fig4: ours beside theirs (`fasttrain table -h`)
-  bench loaders|video|kernels|sources|transfer|step [--json FILE]
+  bench loaders|video|kernels|sources|transfer|step|clusters [--json FILE]
                                              speed beside others' in the same run (`fasttrain bench loaders -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
 
@@ -262,7 +262,7 @@ _GOES_ON = {
     "cache": "; the same command goes on where it was",
     "table": "; the same command goes on from the last checkpoint",
 }
-SUITES = ("kernels", "loaders", "sources", "step", "transfer", "video")
+SUITES = ("clusters", "kernels", "loaders", "sources", "step", "transfer", "video")
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,

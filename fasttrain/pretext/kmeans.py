@@ -6,8 +6,8 @@ Sums of clusters are exact: features are rounded to multiples of a power of two 
 them. So no order of adding, no chunk and no number of threads changes a bit, atomic additions on a GPU do not either, and
 a pass need only move the features whose label has changed.
 
-Shape suffixes: N features, B some of them, S a sample, D values of a feature, K centroids, G J centroids in G groups of J,
-P pairs of a feature and a centroid, L trials.
+Shape suffixes: N features, B some of them, S a sample, D values of a feature, K centroids, C the nearest of them, P pairs of
+a feature and a centroid (or rows), L trials.
 """
 
 import math
