@@ -378,6 +378,8 @@ def _same_dims(recipe: Recipe, target: Target) -> None:
     frames, dims = recipe.data.frames, target.backbone.dims
     if (dims == 3) != (frames > 0):
         right = "set data.frames, such as 16" if dims == 3 else "set data.frames to 0, or choose a 3D network"
+        if recipe.pretext.task != "none":
+            right = "tiles of a puzzle are images: choose a network for them"
         raise ValueError(f"target.model: {recipe.target.model} takes {'clips' if dims == 3 else 'images'}; {right}")
 
 

@@ -53,7 +53,7 @@ def check(r: "Recipe") -> None:
             f"data.grow_from, data.grow_epochs: {r.data.grow_from} and {grow} are not a side below data.size "
             f"({r.data.size}) and two epochs, the first before the second"
         )
-    if r.data.grow_from and r.sources and r.data.views and r.transfer.recall and not r.transfer.still:
+    if r.data.grow_from and r.chosen_sources() and r.data.views and r.transfer.recall and not r.transfer.still:
         raise ValueError("data.grow_from: recalled sources need transfer.still, a size that does not grow")
     many = r.data.crop not in ("pad", "centre") or r.data.frames
     if r.transfer.every_view and (many or r.data.views or r.data.grow_from):
