@@ -2,11 +2,12 @@
 #   make demo    trains a small network on real photographs with and without two teachers, and prints a table
 #   make test    everything that CI runs: lint, types, tests
 #   make methods KD, DML, MAXL and SSKT beside each other on two small data sets, on a CPU (docs/methods.md)
+#   make pretext puzzles, clusters and pseudo-labels on the same two data sets, on a CPU (docs/pretext.md)
 #   make venv    only the environment for the tests        make lint    ruff and mypy
 #   make docs    docs made from the code and from results  make gpu     tests and benchmarks that need a CUDA device
 
 .DELETE_ON_ERROR:
-.PHONY: demo methods test venv lint docs gpu clean
+.PHONY: demo methods pretext test venv lint docs gpu clean
 
 VENV := .venv
 PY ?= $(abspath $(VENV)/bin/python)
@@ -30,6 +31,10 @@ demo: $(VENV)/.demo-ready
 methods: $(VENV)/.demo-ready
 	$(VENV)/bin/fasttrain train methods
 	$(VENV)/bin/fasttrain train methods-fashion --data.root $(FASHION)
+
+pretext: $(VENV)/.demo-ready
+	$(VENV)/bin/fasttrain pretext pretext --probe
+	$(VENV)/bin/fasttrain pretext pretext-fashion --probe --data.root $(FASHION)
 
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 $(TEST_ARGS)

@@ -133,14 +133,14 @@ def _waves(jobs: list[Job]) -> list[list[Job]]:
 def run(
     recipe: Recipe,
     watch: Callable[[str, dict[str, Any]], None],
-    also: Callable[[list[Job]], None] | None = None,
+    also: Callable[[list[Job]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Trains what is not yet trained, and writes ``table.json`` and ``report.html``.
 
     Args:
         recipe: with its rows and seeds.
         watch: takes a run's label (empty for all of them) and a line of its log.
-        also: what else to do with the runs when they are trained, before the report is written.
+        also: does something else with the runs when they are trained, and returns what to add to the table.
 
     Returns:
         The table: ``{"name", "metric", "rows": [{"method", "sources", "mean", "std", "seeds", "images_per_s", ..}]}``.
@@ -154,9 +154,8 @@ def run(
     set_up(recipe.run, choose_device(recipe.run.device))
     with locked(root):
         summaries = run_jobs(jobs, root / "recall", watch, parallel=side_by_side)
-        if also is not None:
-            also(jobs)
-        table = tabulate(recipe, jobs, summaries, side_by_side)
+        more = also(jobs) if also is not None else {}
+        table = tabulate(recipe, jobs, summaries, side_by_side) | more
         write_json(root / "table.json", table)
         report.write(root / "report.html", recipe, table, jobs, summaries)
     return table

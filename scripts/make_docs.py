@@ -88,6 +88,55 @@ def method_tables() -> str:
     return "\n".join(parts[:-1])
 
 
+def pretext_tables() -> str:
+    """The newest results of the recipes ``pretext`` and ``pretext-fashion``: what learned labels, puzzles and clusters."""
+    parts = []
+    for name, title in (("pretext", "Solar cells (ELPV)"), ("pretext-fashion", "Fashion-MNIST")):
+        path = max((ROOT / "benchmarks/results").glob(f"*-{name}-cpu.json"), default=None)
+        if path is None:
+            continue
+        content = json.loads(path.read_text())
+        by_kind = {
+            kind: [r for r in content["rows"] if r["learns"].startswith(kind)]
+            for kind in ("labels", "order", "clusters")
+        }
+        metric, probes = content["metric"], content.get("probes", {})
+        figure = metric.replace("_", " ")
+        lines = [
+            f"**{title}**",
+            "",
+            f"| 100 labels | {figure} % | on the pooled features, linear, % |",
+            "| --- | --- | --- |",
+        ]
+        for r in by_kind["labels"]:
+            lines.append(
+                f"| {r['name']} | {plus_minus(r['test'][metric])} | {_linear(probes.get(r['name']), metric)} |"
+            )
+        lines += [
+            "",
+            "| no labels | classes | accuracy % | linear, % | the same, random weights |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for r in by_kind["order"] + by_kind["clusters"]:
+            classes, its = r["learns"].rpartition(", ")[2], probes.get(r["name"])
+            random = _linear(its, metric, "random")
+            lines.append(
+                f"| {r['name']} | {classes} | {plus_minus(r['test']['accuracy'])} | {_linear(its, metric)} | {random} |"
+            )
+        machine, torch = content["environment"]["machine"], content["environment"]["versions"]["torch"]
+        said = f"Test split, mean ± standard deviation of {max(r['seeds'] for r in content['rows'])} seeds (puzzles, probes: one); "
+        said += f"{machine['cpu']}, {content['side_by_side']} runs side by side, one thread each, torch {torch}; "
+        parts += [*lines, "", f"{said}from `make pretext`, kept in `{path.relative_to(ROOT)}`.", ""]
+    return "\n".join(parts[:-1])
+
+
+def _linear(probe: dict | None, metric: str, weights: str = "test") -> str:
+    """A linear probe of what a network pools for its head."""
+    if probe is None:
+        return ""
+    return f"{next(r for r in probe['rows'] if r['layer'] == 0)[weights][metric]:.2f}"
+
+
 def kernel_table() -> str:
     """The newest CPU result of ``bench kernels``: a line for each shape, times eager's speed."""
     path = max((ROOT / "benchmarks/results").glob("*-kernels-cpu.json"))
@@ -215,6 +264,7 @@ def main() -> int:
         "docs/sources.md": sources_page(),
         "docs/video.md": marked("docs/video.md", "video", video_table()),
         "docs/methods.md": marked("docs/methods.md", "methods", method_tables()),
+        "docs/pretext.md": marked("docs/pretext.md", "pretext", pretext_tables()),
         "docs/kernels.md": marked("docs/kernels.md", "kernels", kernel_table()),
     }
     stale = [name for name, text in wanted.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]

@@ -8,13 +8,14 @@
                fine-tuned     the target, from there, learns the labels (data.labelled of them)
                scratch        the same from random weights
   --budget   smoke: every row for one epoch, small and with one seed, to see that it runs; its figures mean nothing
-  --probe    linear probes of every stage of every row's first seed; the report shows them
+  --probe    linear probes of every stage of every row's first seed, with data.labelled labels; the report shows them
   --rows     only print the recipe with its rows, to be changed and run
 
 `fasttrain train` runs the same rows. Each step is kept where it was made: checkpoints, features, centroids and pseudo-labels lie
 in the folder of the row that solved the puzzle. Stopped at any moment, the same command goes on. docs/pretext.md says more.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -60,7 +61,9 @@ def main(name: str, overrides: list[str], *, budget: str, probe: bool, rows: boo
         def note(text: str) -> None:
             watch("", {"kind": "note", "text": text})
 
-        table = compare.run(recipe, watch, also=(lambda jobs: probes(jobs, note)) if probe else None)
+        table = compare.run(
+            recipe, watch, also=(lambda jobs: probes(jobs, recipe.data.labelled, note)) if probe else None
+        )
     console.print(show.table(table))
     folder = Path(recipe.run.dir) / recipe.name
     console.print(f"{folder}/report.html, {folder}/table.json", highlight=False, soft_wrap=True)
@@ -136,16 +139,24 @@ def told(jobs: list) -> list[str]:
     return out
 
 
-def probes(jobs: list, report: _Report) -> None:
-    """Linear probes of every row's first seed, unless they are there."""
+def probes(jobs: list, labelled: int, report: _Report) -> dict[str, Any]:
+    """Linear probes of every row's first seed, unless they are there: ``{"probes": {row: what fasttrain.probe.probe returns}}``.
+
+    Args:
+        labelled: labels that a probe gets; 0 for all.
+        report: takes a line on each.
+    """
     from ..probe import probe
 
+    out = {}
     for job in compare.first_of_each_row(jobs):
-        if (job.folder / "probe.json").is_file():
-            continue
-        found = probe(str(job.folder))
-        best = max(found["rows"], key=lambda its: its["val"][found["metric"]])
-        report(f"{job.row}: linear probes, best on validation: {best['name']}")
+        path = job.folder / "probe.json"
+        if not path.is_file():
+            found = probe(str(job.folder), labelled=labelled)
+            best = max(found["rows"], key=lambda its: its["val"][found["metric"]])
+            report(f"{job.row}: linear probes; on validation the best is of {best['name']}")
+        out[job.row] = json.loads(path.read_text())
+    return {"probes": out}
 
 
 def _changed(recipe: Recipe, **changes: Any) -> Recipe:
