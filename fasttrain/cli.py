@@ -27,6 +27,8 @@ usage: fasttrain COMMAND ...
   cache RECIPE [--field value ...]       soft labels ahead of a run (`fasttrain cache -h`)
   table N [--rows PATTERN,..] [--data-root DIR] [--budget full|smoke] [--list] [--field value ...]
                                          a table of the paper, 2 to 8 or fig4: ours beside theirs (`fasttrain table -h`)
+  pretext RECIPE [--budget full|smoke] [--probe] [--rows] [--field value ...]
+                                         puzzle -> clusters -> pseudo-labels -> target (`fasttrain pretext -h`)
   bench loaders|video|kernels|sources|transfer|step|clusters [--json FILE]
                                              speed beside others' in the same run (`fasttrain bench loaders -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
@@ -226,6 +228,21 @@ def _table(given: list[str]) -> int:
     return tables.main(number, options, listed, overrides)
 
 
+def _pretext(given: list[str]) -> int:
+    from .pretext import steps
+
+    if _asks_help(given):
+        print(steps.__doc__)
+        return 0
+    given, probe = _flag(given, "--probe")
+    given, rows = _flag(given, "--rows")
+    given, budget = _option(given, "--budget")
+    name, rest = _name(given)
+    if name is None:
+        raise ValueError("pretext needs a recipe: a packaged name such as pretext, or a YAML file")
+    return steps.main(name, rest, budget=budget or "full", probe=probe, rows=rows)
+
+
 def _bench(given: list[str]) -> int:
     suite, rest = _name(given)
     if suite not in SUITES:
@@ -261,6 +278,7 @@ _GOES_ON = {
     "pack": "; the same command goes on where it was",
     "cache": "; the same command goes on where it was",
     "table": "; the same command goes on from the last checkpoint",
+    "pretext": "; the same command goes on where it was",
 }
 SUITES = ("clusters", "kernels", "loaders", "sources", "step", "transfer", "video")
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
@@ -273,6 +291,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pack": _pack,
     "cache": _cache,
     "table": _table,
+    "pretext": _pretext,
     "bench": _bench,
     "doctor": _doctor,
 }
