@@ -121,7 +121,7 @@ def plus_plus(feature_ND: Tensor, count: int, *, seed: int) -> Tensor:
         chosen = np.sort(order(seed, 0, len(feature_ND))[:size])
         sample_SD = feature_ND[torch.from_numpy(chosen).to(device)]
     whole_SD = _whole_numbers(sample_SD)
-    square_S = _sums(whole_SD * whole_SD)
+    square_S = torch.cat([_sums(part_BD.square()) for part_BD in whole_SD.split(_piece(whole_SD))])
     trials = 2 + int(math.log(count))
     number_KL = uniform(draw(seed, np.repeat(np.arange(count), trials), np.tile(np.arange(trials), count), _START)[0])
     number_KL = number_KL.reshape(count, trials)
@@ -267,7 +267,7 @@ class _Lloyd:
         self.feature_ND, self.count, self.mark, self.path, self.report = feature_ND, count, mark, path, report
         self.rounder = 1.5 * 2.0**52 * unit
         self.passes, self.settled = 0, False
-        self.saved, self.told = (0, time.monotonic()), time.monotonic()
+        self.saved, self.told = (-1, time.monotonic()), time.monotonic()
 
     def begin(self, centroid_KD: Tensor) -> None:
         device = self.feature_ND.device
@@ -430,8 +430,8 @@ def _sums(x_PD: Tensor) -> Tensor:
 
 
 def _whole_numbers(x_SD: Tensor) -> Tensor:
-    """Features less their mean, as whole numbers so small that squared distances are exact in float64: [S, D]."""
+    """Features less the first one, as whole numbers so small that squared distances are exact in float64: [S, D]."""
     whole_SD = x_SD.double()
-    whole_SD -= _sums(whole_SD.T.contiguous()) / len(whole_SD)
+    whole_SD -= whole_SD[0].clone()
     bits = (51 - math.ceil(math.log2(max(2, whole_SD.shape[1])))) // 2
-    return whole_SD.mul_(2.0 ** (bits - math.frexp(float(whole_SD.abs().max()))[1])).round_()
+    return whole_SD.mul_(2.0 ** (bits - math.frexp(max(abs(float(v)) for v in torch.aminmax(whole_SD)))[1])).round_()

@@ -209,6 +209,15 @@ def test_goes_on_where_ctrl_c_stopped_it(tmp_path, monkeypatch):
     assert said[0] == "k-means goes on after pass 3" and "pass 4," in said[1] and not any(tmp_path.iterdir())
 
 
+def test_goes_on_from_the_start_that_it_had(tmp_path, monkeypatch):
+    x, path, said = blobs(), tmp_path / "state.pt", []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module._Search, "labels", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        kmeans(x, 30, seed=0, iterations=100, state=path)
+    found = kmeans(x, 30, seed=0, iterations=100, state=path, report=said.append)
+    assert same(found, kmeans(x, 30, seed=0, iterations=100)) and said[0] == "k-means goes on after pass 0"
+
+
 def test_goes_on_after_it_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_EVERY_S", 0)
     x, path, said = blobs(), tmp_path / "state.pt", []
