@@ -124,7 +124,7 @@ def pretext_tables() -> str:
                 f"| {r['name']} | {classes} | {plus_minus(r['test']['accuracy'])} | {_linear(its, metric)} | {random} |"
             )
         machine, torch = content["environment"]["machine"], content["environment"]["versions"]["torch"]
-        said = f"Test split, mean ± standard deviation of {max(r['seeds'] for r in content['rows'])} seeds (puzzles, probes: one); "
+        said = f"Test split, mean ± standard deviation of {max(r['seeds'] for r in content['rows'])} seeds (puzzles, probes: 1); "
         said += f"{machine['cpu']}, {content['side_by_side']} runs side by side, one thread each, torch {torch}; "
         parts += [*lines, "", f"{said}from `make pretext`, kept in `{path.relative_to(ROOT)}`.", ""]
     return "\n".join(parts[:-1])
