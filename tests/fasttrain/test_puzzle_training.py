@@ -209,6 +209,12 @@ def test_held_out_labels_are_those_of_their_puzzles(small):
     assert first == second
 
 
+def test_black_rims_do_not_go_unsaid(small):
+    """Moved within a black rim, an image tells by it which tiles are from its border, even one of noise."""
+    for how, said in (((), True), (("--data.pad", "0"), False), (("--data.crop", "random_resized"), False)):
+        assert any(line.startswith("puzzles: data.pad 2 leaves black rims") for line in build(small(*how)).log) == said
+
+
 def test_a_part_of_the_images_is_one_whatever_the_labels(small):
     def chosen(count: str, seed: str = "0") -> list[int]:
         recipe = small("--data.labelled", count, "--data.seed", seed, "--data.batch", "8")
