@@ -130,8 +130,8 @@ def build(recipe: Recipe) -> Parts:
     train_spec, eval_specs = loader_specs(recipe, dataset)
     if train_spec.puzzle and recipe.data.crop == "pad" and recipe.data.pad:
         log += [
-            f"puzzles: data.pad {recipe.data.pad} leaves black rims, which tell where tiles belong (unless images are black there "
-            "themselves); set data.pad to 0, or data.crop to random_resized"
+            f"puzzles: data.pad {recipe.data.pad} leaves black rims, which tell where tiles belong (unless images are black "
+            "there themselves); set data.pad to 0, or data.crop to random_resized"
         ]
     name, why = (recipe.data.loader, "as asked")
     if name == "auto":
