@@ -130,7 +130,7 @@ def test_damaged_checkpoint(fasttrain, tmp_path):
 def test_other_mistakes(fasttrain, tmp_path):
     refused(
         fasttrain("trian"),
-        "there is no command 'trian'; there are train, describe, eval, export, pack, cache, table, bench, doctor",
+        "there is no command 'trian'; there are train, describe, eval, probe, export, pack, cache, table, pretext, bench, doctor",
     )
     refused(fasttrain("train"), "train needs a recipe")
     refused(fasttrain("train", "nothing"), "no packaged recipe is called 'nothing'")
