@@ -34,10 +34,7 @@ def choose_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, str
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU computes in it"
         return torch.float16, "the GPU does not compute in bf16"
-    found = {"avx512_bf16", "amx_bf16"} & cpu_flags()
-    if found:
-        return torch.bfloat16, f"the CPU computes in it ({', '.join(sorted(found))})"
-    return torch.float32, "the CPU has no bf16 arithmetic, and emulating it is slower"
+    return torch.float32, "on a CPU bf16 is slower"
 
 
 def choose_source_dtype(precision: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -49,12 +46,6 @@ def choose_source_dtype(precision: str, dtype: torch.dtype, device: torch.device
     if precision != "auto":
         return choose_dtype(precision, device)[0]
     return torch.float16 if dtype == torch.bfloat16 and device.type == "cuda" else dtype
-
-
-def cpu_flags() -> set[str]:
-    """Instruction sets of the CPU, as Linux names them."""
-    with open("/proc/cpuinfo") as lines:
-        return next((set(line.split()[2:]) for line in lines if line.startswith("flags")), set())
 
 
 def cpu_name() -> str:

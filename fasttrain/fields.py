@@ -311,7 +311,7 @@ class Run:
     device: str = "auto"
     """cuda, cuda:N, cpu, or auto."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of the arithmetic under autocast; auto: bf16 where the device computes in it, else fp16 (GPU) or fp32 (CPU)."""
+    """Of the arithmetic under autocast; auto: on a GPU bf16, or fp16 where it has no bf16; on a CPU fp32."""
     channels_last: bool = True
     """Keep activations and weights in NHWC order."""
     compile: bool | Literal["auto", "graphs"] = "auto"

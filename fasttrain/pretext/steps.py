@@ -78,12 +78,14 @@ def with_steps(recipe: Recipe) -> Recipe:
     """
     if not recipe.rows:
         plain = {"method": {"name": "scratch"}}
-        every = {"labelled": 0, "indices": None}
+        every: dict[str, Any] = {"labelled": 0, "indices": None}
         puzzle = {"target": {"model": recipe.pretext.model or recipe.target.model, "weights": None, "classes": 0}}
         return _changed(
             recipe,
             rows={
-                "puzzle": plain | puzzle | {"data": every, "pretext": {"task": "jigsaw"}, "run": {"once": True}},
+                "puzzle": plain
+                | puzzle
+                | {"data": every | {"pad": 0}, "pretext": {"task": "jigsaw"}, "run": {"once": True}},
                 "pseudo-labels": plain | {"data": every | {"labels": "row:puzzle"}, "target": {"classes": 0}},
                 "fine-tuned": plain | {"target": {"weights": "row:pseudo-labels"}},
                 "scratch": plain,
