@@ -20,16 +20,16 @@ from .loaders import (
     ViewPlan,
     choose_loader,
     evaluation,
-    labelled_part,
     open_dataset,
     open_loader,
 )
 from .loaders.base import EpochLoader
 from .methods import METHODS, Method, Setting
 from .models import Backbone, PuzzleTarget, Target, build_backbone, load_backbone
-from .pretext.data import own_labels, puzzle_of, with_own_labels
+from .pretext.data import puzzle_of, with_own_labels
 from .pretext.source import CLUSTERS, open_clusters
 from .recipe import Recipe, Source
+from .samples import own_labels, training_indices
 from .sources import RecalledSources, SourceBank, SourceNetwork, open_source
 from .sources.bank import chosen_strategy
 from .sources.recall import label_form, open_files
@@ -226,13 +226,7 @@ def open_data(recipe: Recipe) -> Dataset:
 def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str, LoaderSpec]]:
     """What to load for training, and for ``val`` and ``test``."""
     data = recipe.data
-    index_N = dataset.splits["train"]
-    if data.indices:
-        index_N = chosen_indices(Path(data.indices), index_N)
-    if data.labelled:
-        # a part of the images whose labels are not looked at is the same whatever they are called
-        targets_N = np.zeros_like(dataset.targets_N) if own_labels(recipe) else dataset.targets_N
-        index_N = labelled_part(targets_N, index_N, data.labelled)
+    index_N = training_indices(recipe, dataset)
     last = len(index_N) % data.batch
     if not data.drop_last and last == 1:
         raise ValueError(
@@ -297,28 +291,6 @@ def _insist_on_parts(recipe: Recipe, sizes: set[int]) -> None:
                 f"run.accumulate: {count} parts of a batch of {size} puzzles leave one of 1, which batch normalisation cannot "
                 "use; choose other data.batch or run.accumulate, or set data.drop_last"
             )
-
-
-def chosen_indices(path: Path, train_N: np.ndarray) -> np.ndarray:
-    """The training samples that a file names by their indices, one a line: int64, ascending.
-
-    Raises:
-        ValueError: no such file, a line that is no index, an index twice or of no training sample.
-    """
-    try:
-        lines = path.read_text().split()
-        index_M = np.sort(np.array([int(line) for line in lines], dtype=np.int64))
-    except (OSError, ValueError, OverflowError) as error:
-        raise ValueError(f"data.indices: cannot read {path}: {error}") from None
-    if not len(index_M):
-        raise ValueError(f"data.indices: {path} names no sample")
-    outside = np.setdiff1d(index_M, train_N)
-    if len(outside):
-        raise ValueError(f"data.indices: {path} names {outside[0]}, which is no sample of the training split")
-    twice = index_M[:-1][np.diff(index_M) == 0]
-    if len(twice):
-        raise ValueError(f"data.indices: {path} names {twice[0]} twice")
-    return index_M
 
 
 def loader_workers(recipe: Recipe) -> int:

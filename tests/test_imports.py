@@ -19,8 +19,14 @@ FORBIDDEN = {
     "fasttrain/tasks": {"trainer", "compare", "cli", "show", "report", "build", "methods", "models", "sources"},
     "fasttrain/trainer.py": {"cli", "compare", "show", "report", "doctor", "describe"},
     "fasttrain/tables": {"cli", "trainer", "methods", "transfer", "doctor"},
+    "fasttrain/pretext/labels.py": {"trainer", "compare", "cli", "show", "report"},
+    "fasttrain/samples.py": {"trainer", "compare", "cli", "show", "report", "build", "methods", "models", "sources"},
+    "fasttrain/fields.py": {"recipe", "ranges", "build", "models"},
     "fasttrain/recipe.py": {"trainer", "compare", "cli", "show", "report", "build", "methods", "models", "sources"},
 }
+
+BELOW_BUILD = {"trainer", "compare", "cli", "show", "report", "build"}
+FORBIDDEN |= {f"fasttrain/pretext/{name}.py": BELOW_BUILD for name in ("data", "features", "files", "kmeans", "source")}
 
 
 def parsed(path: Path) -> ast.AST:

@@ -6,13 +6,9 @@ import numpy as np
 
 from fasttrain.loaders import Dataset, Puzzle
 from fasttrain.recipe import Recipe
+from fasttrain.samples import used_indices
 
 from .files import read_pseudo_labels
-
-
-def own_labels(recipe: Recipe) -> bool:
-    """Whether the recipe learns something else than the data set's labels."""
-    return recipe.pretext.task != "none" or recipe.data.labels is not None
 
 
 def with_given_labels(recipe: Recipe) -> Recipe:
@@ -43,7 +39,7 @@ def with_own_labels(dataset: Dataset, recipe: Recipe) -> Dataset:
         targets_N = puzzle.labels(seed=recipe.data.seed, number_B=np.zeros_like(index_N), index_B=index_N)
         return replace(dataset, classes=puzzle.names, targets_N=targets_N)
     if recipe.data.labels is not None:
-        labels = read_pseudo_labels(recipe, dataset)
+        labels = read_pseudo_labels(recipe, dataset, used_indices(recipe, dataset))
         names = tuple(f"cluster {i}" for i in range(labels.count))
         return replace(dataset, classes=names, targets_N=labels.label_N)
     return dataset

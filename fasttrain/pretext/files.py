@@ -76,8 +76,8 @@ class PseudoLabels:
     """What clusters say of a data set.
 
     Attributes:
-        label_N: int64, the nearest centroid of each image.
-        distance2_N: float32, the squared distance to it.
+        label_N: int64, the nearest centroid of each image; -1 for those that the recipe does not use.
+        distance2_N: float32, the squared distance to it; there infinite.
         count: centroids.
         path: of the file.
     """
@@ -170,12 +170,13 @@ def open_labels(place: Place, dataset: Dataset) -> SoftLabelFile:
     return SoftLabelFile(path, about, views=1, samples=len(dataset), form=form)
 
 
-def read_pseudo_labels(recipe: Recipe, dataset: Dataset) -> PseudoLabels:
+def read_pseudo_labels(recipe: Recipe, dataset: Dataset, index_M: np.ndarray) -> PseudoLabels:
     """The pseudo-labels of a data set that a recipe names.
 
     Args:
         recipe: with ``data.labels``.
         dataset: with its own labels.
+        index_M: int64, the images whose labels are wanted.
 
     Raises:
         ValueError: no such run, or its pseudo-labels of these images are not made yet.
@@ -188,15 +189,15 @@ def read_pseudo_labels(recipe: Recipe, dataset: Dataset) -> PseudoLabels:
         raise ValueError(f"{why} yet; `fasttrain train` and `fasttrain pretext` make them")
     file = open_labels(place, dataset)
     try:
-        index_N = np.arange(len(dataset))
-        if len(file.missing(0, index_N)):
+        if len(file.missing(0, index_M)):
             raise CacheError(f"{why} for all of its images; `fasttrain train` and `fasttrain pretext` make the rest")
-        record_N = file.read(np.zeros_like(index_N), index_N)
+        record_M = file.read(np.zeros_like(index_M), index_M)
     finally:
         file.close()
-    return PseudoLabels(
-        record_N["label"][:, 0].astype(np.int64), record_N["distance2"][:, 0].copy(), file.form.classes, path
-    )
+    label_N = np.full(len(dataset), -1, dtype=np.int64)
+    distance2_N = np.full(len(dataset), np.inf, dtype=np.float32)
+    label_N[index_M], distance2_N[index_M] = record_M["label"][:, 0], record_M["distance2"][:, 0]
+    return PseudoLabels(label_N, distance2_N, place.pretext.clusters, path)
 
 
 def _named(dataset: Dataset) -> dict[str, str]:

@@ -23,6 +23,7 @@ from fasttrain.build import loader_specs, loader_workers, open_data
 from fasttrain.device import choose_device
 from fasttrain.loaders import Dataset, LoaderSpec, choose_loader, evaluation, open_loader
 from fasttrain.recipe import Recipe
+from fasttrain.samples import used_indices
 from fasttrain.sources.cache import SoftLabelFile
 from fasttrain.sources.recall import label_form
 
@@ -37,7 +38,7 @@ _READ = 4096  # labels at a time
 
 
 def make_labels(recipe: Recipe, report: Report) -> Path:
-    """Makes the pseudo-labels that a recipe wants (``data.labels``), unless they are there.
+    """Makes the pseudo-labels that a recipe wants (``data.labels``), of the images that it uses, unless they are there.
 
     Args:
         recipe: with ``data.labels``, a run's folder or checkpoint.
@@ -54,7 +55,7 @@ def make_labels(recipe: Recipe, report: Report) -> Path:
     place = place_of(recipe.data.labels, recipe)
     with_file = open_labels(place, dataset)
     try:
-        index_N = with_file.missing(0, np.arange(len(dataset)))
+        index_N = with_file.missing(0, used_indices(recipe, dataset))
         if len(index_N):
             centroids = make_centroids(recipe.data.labels, recipe, report)
             trunk = open_trunk(recipe.data.labels, "data.labels")
@@ -114,7 +115,8 @@ def read_labels(recipe: Recipe) -> PseudoLabels:
     Raises:
         ValueError: they are not made yet.
     """
-    return read_pseudo_labels(recipe, open_data(with_given_labels(recipe)))
+    dataset = open_data(with_given_labels(recipe))
+    return read_pseudo_labels(recipe, dataset, used_indices(recipe, dataset))
 
 
 def _shown(index_N: np.ndarray, trunk: Trunk, dataset: Dataset, recipe: Recipe) -> LoaderSpec:

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.build import chosen_indices, loader_workers, open_data
+from fasttrain.build import loader_workers, open_data
 from fasttrain.device import choose_device
 from fasttrain.environment import environment
 from fasttrain.files import write_json
 from fasttrain.loaders import Dataset, LoaderSpec, choose_loader, evaluation, labelled_part, open_loader
 from fasttrain.models import build_backbone
-from fasttrain.pretext.data import own_labels
 from fasttrain.pretext.features import StageFeatures, Trunk, collect, open_trunk
 from fasttrain.recipe import Recipe, from_dict
+from fasttrain.samples import chosen_indices, own_labels
 from fasttrain.tasks import TASKS, Task
 
 from .logistic import Classifier, Standard, fit

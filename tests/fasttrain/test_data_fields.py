@@ -5,8 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from fasttrain.build import build, chosen_indices, loader_specs, loader_workers, open_data
+from fasttrain.build import build, loader_specs, loader_workers, open_data
 from fasttrain.doctor import examine
+from fasttrain.samples import chosen_indices
 
 
 def train_spec(recipe):

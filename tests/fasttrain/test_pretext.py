@@ -18,6 +18,7 @@ from fasttrain.pretext.features import StageFeatures, collect, open_trunk
 from fasttrain.pretext.files import open_labels, place_of, read_centroids
 from fasttrain.pretext.labels import make_labels, read_labels
 from fasttrain.recipe import Pretext, Recipe, Source, load, row
+from fasttrain.samples import used_indices
 
 from .test_command_line import nothing_written, refused
 
@@ -237,6 +238,24 @@ def test_another_data_set_gets_labels_from_the_same_centroids(wanting, tmp_path)
     assert [note.partition(":")[0] for note in notes] == ["features", "pseudo-labels"]
     assert len(read_labels(other).label_N) == len(open_data(with_given_labels(other)))
     assert sum("centroids" in p.name for p in (tmp_path / "solved/clusters").iterdir()) == 1
+
+
+def test_only_images_that_are_used_get_labels(wanting):
+    some, every = wanting("--data.labelled", "20"), wanting()
+    notes: list[str] = []
+    make_labels(some, notes.append)
+    first = read_labels(some)
+    dataset = open_data(some)
+    assert (first.label_N >= 0).sum() == 240 - TRAINED_ON + 20 and np.isinf(first.distance2_N).sum() == TRAINED_ON - 20
+    assert np.array_equal(np.flatnonzero(first.label_N >= 0), used_indices(some, dataset))
+    make_labels(every, notes.append)
+    assert [note.split(" images")[0] for note in notes if note.startswith("pseudo")] == [
+        "pseudo-labels: 133",
+        "pseudo-labels: 107",
+    ]
+    known = first.label_N >= 0
+    assert np.array_equal(read_labels(every).label_N[known], first.label_N[known])
+    assert np.array_equal(read_labels(some).label_N, first.label_N)  # what a run began with stays what it is
 
 
 def test_labels_of_other_weights_or_stages_are_not_taken(wanting, tmp_path):

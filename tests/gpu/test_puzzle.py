@@ -12,7 +12,8 @@ from fasttrain.pretext.labels import make_labels, read_labels
 from fasttrain.recipe import load
 
 pytestmark = pytest.mark.gpu
-FIELDS = "--method.name scratch --pretext.clusters 6 --pretext.width 8 --pretext.hidden 16 --pretext.permutations 9 --data.views 0"
+FIELDS = "--method.name scratch --data.views 0 --pretext.clusters 6 --pretext.width 8 --pretext.hidden 16"
+FIELDS += " --pretext.permutations 9"
 
 
 @pytest.mark.parametrize("grey", [0.0, 0.5])
