@@ -254,7 +254,7 @@ def test_certain_clips_do_not_tie_their_videos():
 @pytest.mark.parametrize("name", list(TASKS))
 def test_every_task_has_the_same_form(name):
     task = TASKS[name](3, 0.1)
-    targets = torch.tensor([0, 1, 2, 2]) if name == "single_label" else torch.eye(3)[[0, 1, 2, 2]]
+    targets = torch.tensor([0, 1, 2, 2]) if name != "multi_label" else torch.eye(3)[[0, 1, 2, 2]]
     logits_BK = torch.randn(4, 3)
     assert (task.classes, task.head_size) == (3, 3)
     figures = task.evaluate(logits_BK, targets)
