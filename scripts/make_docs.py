@@ -100,12 +100,13 @@ def pretext_tables() -> str:
             kind: [r for r in content["rows"] if r["learns"].startswith(kind)]
             for kind in ("labels", "order", "clusters")
         }
-        metric, probes = content["metric"], content.get("probes", {})
+        metric, probes = content["metric"], content["probes"]
+        labelled = next(iter(probes.values()))["labelled"]
         figure = metric.replace("_", " ")
         lines = [
             f"**{title}**",
             "",
-            f"| 100 labels | {figure} % | on the pooled features, linear, % |",
+            f"| {labelled} labels | {figure} % | on the pooled features, linear, % |",
             "| --- | --- | --- |",
         ]
         for r in by_kind["labels"]:

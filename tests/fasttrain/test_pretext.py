@@ -8,6 +8,7 @@ import torch
 import yaml
 from fasttrain.loaders.order import rank_part
 from fasttrain.loaders.tiny import write_tiny
+from PIL import Image
 
 from fasttrain import checkpoint, compare
 from fasttrain.build import build, open_data
@@ -256,6 +257,23 @@ def test_only_images_that_are_used_get_labels(wanting):
     known = first.label_N >= 0
     assert np.array_equal(read_labels(every).label_N[known], first.label_N[known])
     assert np.array_equal(read_labels(some).label_N, first.label_N)  # what a run began with stays what it is
+
+
+def test_an_image_that_cannot_be_read_is_named_or_left_without_features(wanting, tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = tmp_path / f"images/{'ab'[i % 2]}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "images/a/4.png").write_bytes(b"no image")
+    data = ("--data.name", "folder", "--data.root", str(tmp_path / "images"), "--data.val_share", "0.3")
+    with pytest.raises(ValueError, match=r"a/4\.png"):
+        make_labels(wanting(*data), silent)
+    notes: list[str] = []
+    recipe = wanting(*data, "--data.on_bad_sample", "skip")
+    make_labels(recipe, notes.append)
+    assert "features: 1 images of folder cannot be read; their features are taken to be 0" in notes
+    assert (read_labels(recipe).label_N >= 0).all()
 
 
 def test_labels_of_other_weights_or_stages_are_not_taken(wanting, tmp_path):
