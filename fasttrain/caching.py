@@ -99,6 +99,7 @@ def run(
         if any(not (folder / "summary.json").is_file() for folder in job.after):
             report(f"{job.row}: its soft labels come from a row that is not trained yet")
             continue
+        compare.make_what_clusters_say(job, report)
         parts = build(job.recipe)
         sources = parts.open_sources(folder_of(recipe), report, in_memory=False)
         for loader in parts.loaders.values():

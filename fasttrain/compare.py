@@ -226,7 +226,7 @@ def run_jobs(
     _check_later(waves)
     for wave in waves:
         for job in wave:
-            _make_what_clusters_say(job, lambda text: watch("", {"kind": "note", "text": text}))
+            make_what_clusters_say(job, lambda text: watch("", {"kind": "note", "text": text}))
         count = min(parallel, len(wave))
         if count > 1:
             summaries = _side_by_side(wave, count, recall, watch)
@@ -240,7 +240,7 @@ def run_jobs(
     return [found[job.folder] for job in jobs]
 
 
-def _make_what_clusters_say(job: Job, report: Callable[[str], None]) -> None:
+def make_what_clusters_say(job: Job, report: Callable[[str], None]) -> None:
     """Pseudo-labels and clusters that a run learns from, by now that the runs which it needs are done."""
     recipe = job.recipe
     wanted = [s for s in recipe.chosen_sources() if s.model == CLUSTERS]

@@ -2,9 +2,9 @@
 
 What is computed is kept in the run's folder, in ``clusters/``, under names that end in a fingerprint of all that it depends on:
 
-    features-DATASET-*.soft         of every image of a data set, float16 or float32, in the form of recalled soft labels
+    features-DATASET-*.soft         of a data set's images, as they are needed, in the form of recalled soft labels
     centroids-K-*.safetensors       of the features of the images that the run was trained on
-    labels-K-DATASET-*.soft         the nearest centroid of every image, and the squared distance to it
+    labels-K-DATASET-*.soft         the nearest centroid of each image that a recipe uses, and the squared distance to it
 
 Each step goes on where it was stopped. Labels do not depend on batches, ranks or threads.
 

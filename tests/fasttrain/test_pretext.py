@@ -10,7 +10,7 @@ from fasttrain.loaders.order import rank_part
 from fasttrain.loaders.tiny import write_tiny
 from PIL import Image
 
-from fasttrain import checkpoint, compare
+from fasttrain import caching, checkpoint, compare
 from fasttrain.build import build, open_data
 from fasttrain.pretext import labels as making
 from fasttrain.pretext import steps
@@ -328,6 +328,13 @@ def test_soft_assignments_teach_as_a_source_does(wanting, solved, tmp_path):
     wanted_BK = (-distance2_BK / (0.5 * centroids.mean_distance2)).softmax(1)
     assert torch.allclose(logits_BK.softmax(1), wanted_BK, atol=2e-4)
     assert centroids.images == TRAINED_ON
+
+
+def test_soft_assignments_can_be_computed_ahead(recipe_of, solved):
+    source = {"name": "its", "model": "clusters", "weights": str(solved), "classes": 6, "size": 16}
+    recipe = recipe_of({}, "--method.name", "sskt", "--data.views", "2", sources=[source])
+    (file,) = caching.run(recipe, silent, lambda fill: None)["files"]
+    assert (file["labels"], file["views"]) == (2 * TRAINED_ON, 2)
 
 
 def test_a_recipe_without_rows_gets_those_of_the_four_steps(recipe_of):
