@@ -24,6 +24,7 @@ from . import compare
 from .build import Parts, build, label_bytes
 from .device import choose_device, set_up
 from .recipe import Recipe
+from .report_data import first_seeds
 from .sources import RecalledSources
 from .sources.recall import Fill
 
@@ -93,7 +94,7 @@ def run(
     """
     set_up(recipe.run, choose_device(recipe.run.device))
     start, files = time.perf_counter(), {}
-    for job in compare.first_of_each_row(compare.jobs_of(recipe)):
+    for job in first_seeds(compare.jobs_of(recipe)):
         if not job.recipe.chosen_sources():
             continue
         if any(not (folder / "summary.json").is_file() for folder in job.after):

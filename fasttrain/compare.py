@@ -25,6 +25,7 @@ from .files import write_json
 from .log import Watcher
 from .pretext.source import CLUSTERS
 from .recipe import Recipe, row
+from .report_data import first_seeds
 from .sources import RecalledSources
 from .trained import TRAINED, insist_on_fit
 from .trainer import Trainer
@@ -232,7 +233,7 @@ def run_jobs(
             summaries = _side_by_side(wave, count, recall, watch)
         else:
             if len(jobs) > 1 and first:  # every row's mistakes come to light before the first is trained
-                for job in first_of_each_row(wave):
+                for job in first_seeds(wave):
                     _built(job)
             summaries = [_train(job, recall, partial(watch, job.label)) for job in wave]
         first = False
@@ -257,7 +258,7 @@ def make_what_clusters_say(job: Job, report: Callable[[str], None]) -> None:
 def _check_later(waves: list[list[Job]]) -> None:
     """What can be found wrong with runs that need others, before those are trained."""
     by_folder = {job.folder: job for wave in waves for job in wave}
-    for job in first_of_each_row([job for wave in waves[1:] for job in wave]):
+    for job in first_seeds([job for wave in waves[1:] for job in wave]):
         ground(replace(job.recipe, data=replace(job.recipe.data, labels=None)))
         for source in job.recipe.chosen_sources():
             other = by_folder.get(Path(source.weights))
@@ -280,13 +281,9 @@ def _built(job: Job) -> Parts:
     return _LAST[0]
 
 
-def first_of_each_row(jobs: list[Job]) -> list[Job]:
-    return list({job.row: job for job in reversed(jobs)}.values())[::-1]
-
-
 def _side_by_side(jobs: list[Job], count: int, recall: Path, watch) -> list[dict[str, Any]]:
     """Runs in ``count`` processes. Soft targets are computed before, once, with all threads."""
-    for job in first_of_each_row(jobs):
+    for job in first_seeds(jobs):
         parts = _built(job)
         if not (job.folder / "summary.json").is_file():
             _fill_ahead(parts, recall, lambda text: watch("", {"kind": "note", "text": text}))

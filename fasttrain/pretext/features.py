@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from fasttrain import interrupts
 from fasttrain.checkpoint import open_run
 from fasttrain.kernels import network_input
-from fasttrain.loaders.base import EpochLoader
+from fasttrain.loaders import Dataset, LoaderSpec, evaluation
+from fasttrain.loaders.base import BadSamples, EpochLoader
 from fasttrain.models import Backbone, build_backbone
 from fasttrain.models.puzzle import standardised
-from fasttrain.recipe import Recipe, from_dict
+from fasttrain.recipe import Data, Recipe, from_dict
 
 _CHUNK = {"cpu": 16, "cuda": 128}  # images at a time
 
@@ -125,6 +127,27 @@ def open_trunk(name: str, what: str) -> Trunk:
     backbone.load_state_dict(given)
     backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return Trunk(backbone, recipe, hashlib.sha256(path.read_bytes()).hexdigest(), path, state.get("dataset", ""))
+
+
+def whole_images(index_N: np.ndarray, dataset: Dataset, shown: Data, on_bad_sample: BadSamples) -> LoaderSpec:
+    """What to load so that images are seen whole, as evaluation shows them.
+
+    Args:
+        index_N: int64, the samples.
+        dataset: theirs.
+        shown: whose sizes they are brought to.
+        on_bad_sample: what to do about one that cannot be read.
+    """
+    return LoaderSpec(
+        dataset=dataset,
+        index_N=index_N,
+        plan=evaluation(shown.centre_share),
+        size=shown.size,
+        stored=shown.stored,
+        batch=max(shown.batch, 250),
+        shuffle=False,
+        on_bad_sample=on_bad_sample,
+    )
 
 
 @torch.no_grad()

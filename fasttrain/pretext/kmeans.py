@@ -1,4 +1,4 @@
-"""k-means over features that need not fit into memory twice: Lloyd's algorithm, the same bits on every device.
+"""k-means over features that need not fit into memory twice: Lloyd's algorithm, the same bits with any number of threads.
 
 A matrix product only proposes the nearest centroids. Which is the nearest is decided by distances that are sums of float64
 in an order of our own, wherever the product's own error (which depends on threads, shapes and libraries) could decide.

@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.build import loader_specs, loader_workers, open_data
+from fasttrain.build import loader_workers, open_data
 from fasttrain.device import choose_device
-from fasttrain.loaders import Dataset, LoaderSpec, choose_loader, evaluation, open_loader
+from fasttrain.loaders import Dataset, choose_loader, open_loader
 from fasttrain.recipe import Recipe
-from fasttrain.samples import used_indices
+from fasttrain.samples import training_indices, used_indices
 from fasttrain.sources.cache import SoftLabelFile
 from fasttrain.sources.recall import label_form
 
 from .data import with_given_labels
-from .features import StageFeatures, Trunk, collect, open_trunk
+from .features import StageFeatures, Trunk, collect, open_trunk, whole_images
 from .files import Centroids, Place, PseudoLabels, open_labels, place_of, read_centroids, read_pseudo_labels
 from .kmeans import kmeans, nearest
 
@@ -87,11 +87,11 @@ def make_centroids(run: str, recipe: Recipe, report: Report, what: str = "data.l
         raise ValueError(
             f"{what}: the data set {dataset.name} in {dataset.source} has changed since {trunk.path} was trained on it"
         )
-    spec = _shown(loader_specs(trunk.recipe, dataset)[0].index_N, trunk, dataset, recipe)
+    index_N = training_indices(trunk.recipe, dataset)
     device = choose_device(recipe.run.device)
-    features = _make_features(trunk, place, dataset, spec.index_N, recipe, report)
+    features = _make_features(trunk, place, dataset, index_N, recipe, report)
     try:
-        feature_ND = _read(features, spec.index_N).to(device)
+        feature_ND = _read(features, index_N).to(device)
     finally:
         features.close()
     start = time.perf_counter()
@@ -119,21 +119,6 @@ def read_labels(recipe: Recipe) -> PseudoLabels:
     return read_pseudo_labels(recipe, dataset, used_indices(recipe, dataset))
 
 
-def _shown(index_N: np.ndarray, trunk: Trunk, dataset: Dataset, recipe: Recipe) -> LoaderSpec:
-    """Whole images as evaluation shows them, at the size that the run saw."""
-    data = trunk.recipe.data
-    return LoaderSpec(
-        dataset=dataset,
-        index_N=index_N,
-        plan=evaluation(data.centre_share),
-        size=data.size,
-        stored=data.stored,
-        batch=max(data.batch, 250),
-        shuffle=False,
-        on_bad_sample=recipe.data.on_bad_sample,
-    )
-
-
 def _make_features(
     trunk: Trunk, place: Place, dataset: Dataset, index_N: np.ndarray, recipe: Recipe, report: Report
 ) -> SoftLabelFile:
@@ -150,7 +135,7 @@ def _make_features(
     if not len(lacking_M):
         return file
     device = choose_device(recipe.run.device)
-    spec = _shown(lacking_M, trunk, dataset, recipe)
+    spec = whole_images(lacking_M, dataset, trunk.recipe.data, recipe.data.on_bad_sample)
     name = recipe.data.loader if recipe.data.loader in ("torch", "ffcv", "dali") else choose_loader(spec, device)[0]
     start = time.perf_counter()
     loader = open_loader(name, spec, device, loader_workers(recipe))

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from .. import compare, show
 from ..recipe import Recipe, from_dict, load, row, to_yaml
+from ..report_data import first_seeds
 
 _SMOKE: dict[str, Any] = {"optim": {"epochs": 1, "warmup_epochs": 0.0}, "run": {"eval_every": 1, "checkpoint_every": 1}}
 _IMAGES, _CLUSTERS, _ORDERS, _UNITS, _LABELLED = 64, 4, 12, 16, 32  # of --budget smoke
@@ -151,7 +152,7 @@ def probes(jobs: list, labelled: int, report: _Report) -> dict[str, Any]:
     from ..probe import probe
 
     out = {}
-    for job in compare.first_of_each_row(jobs):
+    for job in first_seeds(jobs):
         path = job.folder / "probe.json"
         if not path.is_file():
             found = probe(str(job.folder), labelled=labelled)

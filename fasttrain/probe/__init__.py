@@ -20,11 +20,11 @@ from fasttrain.build import loader_workers, open_data
 from fasttrain.device import choose_device
 from fasttrain.environment import environment
 from fasttrain.files import write_json
-from fasttrain.loaders import Dataset, LoaderSpec, choose_loader, evaluation, labelled_part, open_loader
+from fasttrain.loaders import Dataset, choose_loader, open_loader
 from fasttrain.models import build_backbone
-from fasttrain.pretext.features import StageFeatures, Trunk, collect, open_trunk
+from fasttrain.pretext.features import StageFeatures, Trunk, collect, open_trunk, whole_images
 from fasttrain.recipe import Recipe, from_dict
-from fasttrain.samples import chosen_indices, own_labels
+from fasttrain.samples import own_labels, training_indices
 from fasttrain.tasks import TASKS, Task
 
 from .logistic import Classifier, Standard, fit
@@ -146,12 +146,7 @@ def _real_labels(trunk: Trunk, overrides: Sequence[str], labelled: int) -> Recip
 
 def _ground(recipe: Recipe, split: str) -> _Ground:
     dataset = open_data(recipe)
-    train_N = dataset.splits["train"]
-    if recipe.data.indices:
-        train_N = chosen_indices(Path(recipe.data.indices), train_N)
-    if recipe.data.labelled:
-        train_N = labelled_part(dataset.targets_N, train_N, recipe.data.labelled)
-    index = {"train": train_N, "val": dataset.splits["val"]}
+    index = {"train": training_indices(recipe, dataset), "val": dataset.splits["val"]}
     if split == "test":
         index["test"] = dataset.splits["test"]
     task = TASKS["multi_label" if dataset.multi_label else "single_label"](len(dataset.classes), 0.0)
@@ -187,16 +182,7 @@ def _rows(trunk: Trunk, layers: Sequence[int], ground: _Ground) -> list[dict[str
 def _seen(network: StageFeatures, trunk: Trunk, index_N: np.ndarray, ground: _Ground) -> _Split:
     """One pass over a split's images, in evaluation's views. float32, whatever the run was trained in."""
     data, device = ground.recipe.data, ground.device
-    spec = LoaderSpec(
-        dataset=ground.dataset,
-        index_N=index_N,
-        plan=evaluation(data.centre_share),
-        size=data.size,
-        stored=data.stored,
-        batch=max(data.batch, 250),
-        shuffle=False,
-        on_bad_sample=data.on_bad_sample,
-    )
+    spec = whole_images(index_N, ground.dataset, data, data.on_bad_sample)
     name = choose_loader(spec, device)[0] if data.loader == "auto" else data.loader
     loader = open_loader(name, spec, device, loader_workers(ground.recipe), hw_decoder_load=data.hw_decoder_load)
     feature: list[Tensor] = []

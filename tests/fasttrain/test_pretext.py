@@ -15,7 +15,7 @@ from fasttrain.build import build, open_data
 from fasttrain.pretext import labels as making
 from fasttrain.pretext import steps
 from fasttrain.pretext.data import with_given_labels
-from fasttrain.pretext.features import StageFeatures, collect, open_trunk
+from fasttrain.pretext.features import StageFeatures, collect, open_trunk, whole_images
 from fasttrain.pretext.files import open_labels, place_of, read_centroids
 from fasttrain.pretext.labels import make_labels, read_labels
 from fasttrain.recipe import Pretext, Recipe, Source, load, row
@@ -167,7 +167,7 @@ def test_labels_do_not_depend_on_ranks(wanting, ranks):
     trunk = open_trunk(recipe.data.labels, "data.labels")
     index_N, features = np.arange(len(dataset)), []
     for rank in range(ranks):
-        spec = making._shown(rank_part(index_N, rank, ranks), trunk, dataset, recipe)
+        spec = whole_images(rank_part(index_N, rank, ranks), dataset, trunk.recipe.data, "error")
         loader = making.open_loader("resident", spec)
         features += [
             f

@@ -22,6 +22,8 @@ from fasttrain.pretext.files import PseudoLabels
 from fasttrain.pretext.labels import make_centroids, read_labels
 from fasttrain.recipe import Source, load
 
+from .test_report import Made
+
 ROWS = {
     "jigsaw": {"pretext": {"task": "jigsaw"}, "run": {"once": True}},
     "five": {"data": {"labels": "row:jigsaw"}},
@@ -33,15 +35,8 @@ LITTLE = "--data.size 36 --data.stored 36 --data.labelled 40 --data.batch 20 --o
 LITTLE += " --method.name scratch --run.precision fp32 --pretext.permutations 8 --pretext.width 8 --pretext.hidden 16"
 
 
-class Made:
-    """Runs, what their page was written from, and the page."""
-
-    def __init__(self, recipe) -> None:
-        self.recipe, self.jobs = recipe, compare.jobs_of(recipe)
-        self.table = compare.run(recipe, lambda label, line: None)
-        self.root = Path(recipe.run.dir) / recipe.name
-        self.summaries = [json.loads((job.folder / "summary.json").read_text()) for job in self.jobs]
-        self.page = (self.root / "report.html").read_text()
+class Pretext(Made):
+    """The same, with ways to single rows."""
 
     def row(self, name: str) -> dict:
         return next(row for row in self.table["rows"] if row["name"] == name)
@@ -49,19 +44,12 @@ class Made:
     def first(self, name: str) -> compare.Job:
         return next(job for job in self.jobs if job.row == name)
 
-    def again(self) -> str:
-        """The page made anew; its pictures are not drawn."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(figures, "_embedded", lambda figure, name: f'<img alt="{name}" src="data:image/png;base64,">')
-            report.write(self.root / "again.html", self.recipe, self.table, self.jobs, self.summaries)
-        return (self.root / "again.html").read_text()
-
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """A puzzle, three kinds of its clusters, and labels; two seeds of some."""
     where = ("--run.dir", str(tmp_path_factory.mktemp("mixed")), "--seeds", "2", "--pretext.clusters", "5")
-    return Made(replace(load("smoke", [*LITTLE.split(), *where]), rows=ROWS))
+    return Pretext(replace(load("smoke", [*LITTLE.split(), *where]), rows=ROWS))
 
 
 def shown_in(page: str) -> list[str]:
