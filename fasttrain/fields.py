@@ -14,6 +14,12 @@ class Data:
     list), motion."""
     root: str | None = None
     """Folder that holds it; of beton, list and videos the file itself."""
+    cache: str | None = None
+    """Folder on a disk of this machine's own, where data.root lies elsewhere: shards (`fasttrain shard`) are fetched into it
+    once, from a shared file system or from a URL (s3://, gs://, https://, .. as fsspec has them). null: ~/.cache/fasttrain/data
+    for a URL; a path is read where it is."""
+    sha256: str = ""
+    """SHA-256 of the list of shards (`fasttrain shard` prints it), to insist on; needed where data.root is a URL."""
     split: int = 1
     """Official split of ucf101 and hmdb51: 1, 2 or 3."""
     frames: int = 0
@@ -318,7 +324,10 @@ class Run:
     """torch.compile the step (input, target, losses, backward): slow to start, then faster. graphs: replay it as CUDA
     graphs, too, for small targets. auto: on a GPU, yes."""
     accumulate: int = 1
-    """Take each batch in this many parts whose gradients are added: less memory; batch norm sees the parts."""
+    """Take each batch in this many parts whose gradients are added: less memory; batch norm sees the parts. Of several processes
+    each takes its share of them, so that 8 parts are the same training on 1, 2, 4 and 8 GPUs; 1: one part for each process."""
+    sync_batch_norm: bool = False
+    """Batch norm over the parts of all processes together, instead of each part's own statistics."""
     kernels: Literal["auto", "triton", "compiled", "reference"] = "auto"
     """Implementation of the soft-target losses; auto: one fused Triton kernel on CUDA, plain PyTorch elsewhere."""
     threads: int = 0
@@ -337,6 +346,13 @@ class Run:
     """Epochs between checkpoints."""
     checkpoint_steps: int = 0
     """Steps between checkpoints within an epoch; 0 for only at epochs' ends."""
+    keep: int = 2
+    """Checkpoints to keep, the newest (last.pt) among them: the one before is used where the newest is damaged."""
+    skip_nonfinite: int = 0
+    """Steps with a gradient that is not finite to leave out, in the whole run; one more stops it."""
+    timeout: float = 600.0
+    """Seconds after which a loader that gives no batch, or a process that the others wait for, is late: the run then ends with a
+    message that names it, and exit code 75 (try again)."""
     log_every: int = 50
     """Steps between lines in metrics.jsonl."""
     tensorboard: bool = True

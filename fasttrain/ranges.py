@@ -12,7 +12,7 @@ _RANGES: list[tuple[Callable[[float], bool], str, str]] = [
         lambda v: v > 0,
         "is not above 0",
         "data.size data.batch transfer.temperature optim.epochs run.seeds run.parallel run.eval_every run.log_every "
-        "run.checkpoint_every run.accumulate transfer.pad_to data.stride data.clips target.width "
+        "run.checkpoint_every run.accumulate run.keep run.timeout transfer.pad_to data.stride data.clips target.width "
         "method.temperature method.subclasses pretext.width pretext.hidden pretext.pool pretext.iterations pretext.softness",
     ),
     (
@@ -21,7 +21,7 @@ _RANGES: list[tuple[Callable[[float], bool], str, str]] = [
         "data.labelled data.stored data.grow_from data.pad data.views data.seed data.frames "
         "target.classes target.frozen transfer.alpha "
         "transfer.still transfer.recall_top transfer.recall_gib optim.lr optim.weight_decay optim.warmup_epochs "
-        "optim.clip_norm optim.backbone_lr run.seed run.checkpoint_steps run.cosine_every "
+        "optim.clip_norm optim.backbone_lr run.seed run.checkpoint_steps run.cosine_every run.skip_nonfinite "
         "transfer.width method.entropy method.generator_lr method.generator_weight_decay "
         "pretext.tile pretext.channel_shift pretext.replaced pretext.layer",
     ),
