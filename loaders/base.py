@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from .batch import Batch
 from .clips import ClipPlan
 from .datasets import Dataset
-from .order import balanced_order, batch_count, batches, order
+from .order import balanced_order, batch_count, batches, order, part_sizes
 from .puzzle import Puzzle
 from .views import View, ViewPlan
 
@@ -61,7 +61,8 @@ class LoaderSpec:
         shuffle: in ``order(seed, epoch)``, or as in ``index_N``.
         drop_last: leave out a last batch that is not full.
         still: side in pixels of the additional view for the sources; 0 for none.
-        rank, ranks: which part of every batch to serve.
+        rank, ranks: whose share of every batch to serve, of how many.
+        parts: into which a batch is cut, a multiple of ``ranks``, which share them out; 0: one a rank.
         growth: serve smaller images in the first epochs; None for ``size`` always.
         balance: draw every class equally often; an epoch is as long as before, and samples of small classes come
             several times in it (as the same view).
@@ -84,6 +85,7 @@ class LoaderSpec:
     still: int = 0
     rank: int = 0
     ranks: int = 1
+    parts: int = 0
     growth: Growth | None = None
     balance: bool = False
     on_bad_sample: BadSamples = "error"
@@ -94,6 +96,18 @@ class LoaderSpec:
     def shows(self) -> int:
         """How often an epoch shows each sample."""
         return self.clip.shows if self.clip else 1
+
+    @property
+    def unit(self) -> int:
+        """Samples that stay together when a batch is cut."""
+        return 2 if self.puzzle else 1
+
+    def shares(self, n: int) -> tuple[int, ...]:
+        """Sizes of this rank's parts of a global batch of ``n`` samples, those that are not empty."""
+        parts = self.parts or self.ranks
+        each = parts // self.ranks
+        sizes = part_sizes(n, parts, self.unit)[self.rank * each : (self.rank + 1) * each]
+        return tuple(size for size in sizes if size)
 
     def size_at(self, epoch: int) -> int:
         """Side in pixels of the images served in an epoch."""
@@ -135,20 +149,29 @@ class EpochLoader:
         return batch_count(len(self.spec.index_N) * self.spec.shows, self.spec.batch, self.spec.drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
-        spec = self.spec
+        spec, epoch = self.spec, self._epoch
         walk = batches(
-            spec.epoch_order(self._epoch),
+            spec.epoch_order(epoch),
             global_batch=spec.batch,
             drop_last=spec.drop_last,
             start=self._batch,
             rank=spec.rank,
             ranks=spec.ranks,
-            unit=2 if spec.puzzle else 1,
+            unit=spec.unit,
+            parts=spec.parts,
         )
-        for batch in self._load(self._epoch, walk):
+        for batch in self._load(epoch, walk):
+            whole, sizes = self._sizes()
             self._batch += 1
-            yield spec.puzzle(batch, seed=spec.view_seed) if spec.puzzle else batch
-        self.set_epoch(self._epoch + 1)
+            made = spec.puzzle(batch, seed=spec.view_seed) if spec.puzzle else batch
+            yield replace(made, whole=whole, parts=sizes)
+        self.set_epoch(epoch + 1)
+
+    def _sizes(self) -> tuple[int, tuple[int, ...]]:
+        """Samples of the global batch that comes next, and the sizes of this rank's parts of it."""
+        spec = self.spec
+        whole = min(spec.batch, len(spec.index_N) * spec.shows - self._batch * spec.batch)
+        return whole, spec.shares(whole)
 
     def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:
         raise NotImplementedError

@@ -19,6 +19,8 @@ class Batch:
         view: int64 [B], which view of its sample this is (the epoch, or ``epoch mod K``).
         still: uint8 [B, 3, R, R] or None: the same view at the sources' own resolution; of a clip, its centre frame's.
         where_B2: int64, index and view once more, on the host, for what is looked up there without waiting for the device.
+        whole: samples of the global batch, over all ranks; 0 where this is all of it.
+        parts: sizes of the parts in which it is to be taken, in order; empty for all at once.
     """
 
     pixels: Tensor
@@ -27,6 +29,8 @@ class Batch:
     view: Tensor
     still: Tensor | None = None
     where_B2: np.ndarray | None = None
+    whole: int = 0
+    parts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)

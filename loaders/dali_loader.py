@@ -166,7 +166,7 @@ class DaliLoader(EpochLoader):
     def _schedule(self, work: "_Work") -> None:
         if len(work.index_B):
             if self._pipe is None:
-                self._pipe = self._new_pipe(-(-self.spec.batch // self.spec.ranks))
+                self._pipe = self._new_pipe(max(sum(self.spec.shares(self.spec.batch)), 1))
             _run(self._pipe, work.fed)
 
     def _collect(

@@ -52,26 +52,36 @@ def batch_count(n: int, global_batch: int, drop_last: bool = False) -> int:
     return n // global_batch if drop_last else math.ceil(n / global_batch)
 
 
-def rank_part(batch_G: np.ndarray, rank: int, ranks: int, unit: int = 1) -> np.ndarray:
-    """The part of one global batch that falls to ``rank``: a contiguous slice, sizes differing by one unit at most.
+def part_sizes(n: int, parts: int, unit: int = 1) -> list[int]:
+    """Sizes of the parts into which a global batch is cut: in the batch's order, as even as can be, the first ones larger.
 
-    The first ranks get what is left over, so that no rank's part of a smaller batch is larger than its part of a full one. (A
-    last unit that is not full goes to the last of those that got one more, out of its order, for the same reason.)
+    None holds a single sample, whose batch norm would have no variance: a batch too small for that leaves the last parts
+    empty. Sizes do not depend on how many ranks share the parts.
+
+    Args:
+        n: samples of the global batch.
+        parts: how many parts.
+        unit: samples that stay together, from the first on; what is left of the last unit goes to the last part in use.
+    """
+    filled = min(parts, max(n // max(unit, 2), 1))
+    each, over = divmod(n // unit, filled)
+    sizes = [(each + (p < over)) * unit for p in range(filled)]
+    sizes[-1] += n % unit
+    return sizes + [0] * (parts - filled)
+
+
+def rank_part(batch_G: np.ndarray, rank: int, ranks: int, unit: int = 1, parts: int = 0) -> np.ndarray:
+    """What falls to ``rank`` of one global batch: a slice, of ``parts / ranks`` of its parts.
 
     Args:
         batch_G: the global batch.
         rank, ranks: which of how many.
-        unit: samples that stay together, from the first on; the last unit may not be full.
+        unit: see :func:`part_sizes`.
+        parts: of the global batch, a multiple of ``ranks``; 0: one a rank.
     """
-    each, over = divmod(-(-len(batch_G) // unit), ranks)
-    start, count = each * rank + min(rank, over), each + (rank < over)
-    rest = len(batch_G) % unit
-    if not rest:
-        return batch_G[start * unit : (start + count) * unit]
-    whose = (over or ranks) - 1
-    start, count = start - (rank > whose), count - (rank == whose)
-    part = batch_G[start * unit : (start + count) * unit]
-    return np.concatenate([part, batch_G[-rest:]]) if rank == whose else part
+    sizes, each = part_sizes(len(batch_G), parts or ranks, unit), (parts or ranks) // ranks
+    start = sum(sizes[: rank * each])
+    return batch_G[start : start + sum(sizes[rank * each : (rank + 1) * each])]
 
 
 def batches(
@@ -83,6 +93,7 @@ def batches(
     rank: int = 0,
     ranks: int = 1,
     unit: int = 1,
+    parts: int = 0,
 ) -> Iterator[np.ndarray]:
     """Walks through an epoch's order: yields int64 [B], from global batch ``start`` on.
 
@@ -91,7 +102,7 @@ def batches(
         global_batch: samples per step over all ranks.
         drop_last: leave out the last batch if it is not full.
         start: number of global batches that are behind already.
-        rank, ranks, unit: see :func:`rank_part`.
+        rank, ranks, unit, parts: see :func:`rank_part`.
     """
     for b in range(start, batch_count(len(index_N), global_batch, drop_last)):
-        yield rank_part(index_N[b * global_batch : (b + 1) * global_batch], rank, ranks, unit)
+        yield rank_part(index_N[b * global_batch : (b + 1) * global_batch], rank, ranks, unit, parts)
