@@ -205,9 +205,7 @@ class Watchdog:
             if self._closing.is_set() or self._now is not activity:
                 return
             with suppress(OSError):
-                os.write(
-                    sys.__stderr__.fileno(), f"fasttrain: {self._said}; it cannot be stopped, so it ends\n".encode()
-                )
+                os.write(2, f"fasttrain: {self._said}; it cannot be stopped, so it ends\n".encode())
             for pid in _descendants(os.getpid()):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
