@@ -1,26 +1,54 @@
-"""Checkpoints: whole files of tensors and plain values, read without running code in them."""
+"""Checkpoints: whole files of tensors and plain values, sealed by a checksum, read without running code in them.
 
+A run's folder ``checkpoints`` holds ``last.pt`` (all of a run), ``selected.pt`` (the target alone) and, with ``run.keep``
+above 1, ``step-000001234.pt``: what last.pt was before. :mod:`fasttrain.writer` writes them in the background.
+"""
+
+import hashlib
 import json
-import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from . import interrupts
 from .files import write_whole
+from .torch_files import HoldsCode, read_torch
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksum, and is still read
+
+LAST = "last.pt"
+_STEP = re.compile(r"step-(\d{9,})\.pt")
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Writes a checkpoint whole: a run killed meanwhile leaves the one before it; Ctrl-C waits until it is written."""
     with interrupts.held(firm=True):
-        write_whole(path, lambda file: torch.save(content | {"format": FORMAT}, file))
+        write(path, content)
+
+
+def write(path: Path, content: dict[str, Any], *, ready: Callable[[], None] = lambda: None) -> None:
+    """Writes a checkpoint whole, with its checksum in it.
+
+    Args:
+        path: of the file.
+        content: tensors and plain values.
+        ready: called when all of it is on the disk, under another name.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to.
+    """
+    content = {k: v for k, v in content.items() if k != "sha256"} | {"format": FORMAT}
+    content["sha256"] = digest(content)
+    write_whole(path, lambda file: _dump(content, file), ready=ready)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU.
+    """Reads a checkpoint to the CPU, and compares it with its checksum. Those of format 1 have none, and are read.
 
     Raises:
         ValueError: missing, damaged, with code in it, or not one of ours.
@@ -28,14 +56,125 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+        content = read_torch(path, f"the checkpoint {path}")
+    except HoldsCode:
         raise ValueError(f"the checkpoint {path} holds code and was not loaded") from None
-    except Exception as error:  # zipfile and torch each have their own
-        raise ValueError(f"cannot read the checkpoint {path}: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in (1, FORMAT):
         raise ValueError(f"{path} is not a checkpoint of this version of fasttrain")
+    said = content.pop("sha256", None)
+    if (said is not None or content["format"] != 1) and said != digest(content):
+        raise ValueError(f"the checkpoint {path} is damaged: its content is not what its SHA-256 says")
     return content
+
+
+def newest(folder: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run that can be read, and its content; None where there is none.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        report: is told which were damaged, and which is used instead.
+
+    Raises:
+        ValueError: there are some, and all are damaged.
+    """
+    paths = [path for path in (folder / LAST,) if path.is_file()]
+    paths += [path for _, path in steps(folder)]
+    wrong: list[str] = []
+    for path in paths:
+        try:
+            content = load(path)
+        except ValueError as error:
+            wrong.append(str(error))
+            report(f"WARNING: {error}; trying the checkpoint before it")
+            continue
+        if wrong:
+            report(f"WARNING: going on from {path} instead: the steps after it are done again")
+        return path, content
+    if wrong:
+        raise ValueError(
+            f"no checkpoint in {folder} can be read ({wrong[0]}): restore one from a copy, or remove the run's folder "
+            "to begin again"
+        )
+    return None
+
+
+def steps(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints before last.pt that are kept in ``folder``: step and path, newest first."""
+    found = ((_STEP.fullmatch(path.name), path) for path in folder.glob("step-*.pt"))
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def digest(content: Any) -> str:
+    """SHA-256 over all that a checkpoint holds, in its order: types, names, plain values, and tensors' types, shapes,
+    strides and bytes. Tensors are not copied, and other threads run meanwhile."""
+    out = hashlib.sha256()
+    _feed(content, out.update)
+    return out.hexdigest()
+
+
+def _feed(value: Any, update: Callable[[Any], None]) -> None:
+    if isinstance(value, Tensor):
+        update(f"tensor {value.dtype} {list(value.shape)} {list(value.stride())};".encode())
+        if value.numel():
+            update(_memory(value).numpy().data)
+    elif isinstance(value, dict):
+        update(f"{type(value).__name__} {len(value)};".encode())
+        for key, item in value.items():
+            _feed(key, update)
+            _feed(item, update)
+        if isinstance(value, OrderedDict):
+            _feed(value.__dict__.get("_metadata"), update)  # a state dict's
+    elif isinstance(value, (list, tuple)):
+        update(f"{type(value).__name__} {len(value)};".encode())
+        for item in value:
+            _feed(item, update)
+    elif isinstance(value, set):
+        update(f"set {len(value)};".encode())
+        for text in sorted(f"{type(item).__name__} {item!r};" for item in value):
+            update(text.encode("utf-8", "surrogatepass"))
+    else:
+        assert value is None or isinstance(value, (str, int, float, bytes, torch.dtype, torch.device)), type(value)
+        text = value.hex() if isinstance(value, (float, bytes)) else str(value)
+        data = text.encode("utf-8", "surrogatepass")
+        update(f"{type(value).__name__} {len(data)} ".encode() + data)
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """A tensor's bytes in the order in which they lie in memory; a copy only of what has gaps."""
+    tensor = tensor.detach().cpu()
+    packed = tensor.permute(sorted(range(tensor.dim()), key=lambda d: -tensor.stride()[d]))
+    packed = packed.contiguous()
+    out = torch.empty(0, dtype=torch.uint8)
+    size = packed.element_size()
+    return out.set_(packed.untyped_storage(), packed.storage_offset() * size, (packed.numel() * size,), (1,))
+
+
+class _Noting:
+    """A file that keeps its error, which torch.save turns into another one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _dump(content: dict[str, Any], file: BinaryIO) -> None:
+    noting: Any = _Noting(file)
+    try:
+        torch.save(content, noting)
+    except RuntimeError:
+        if noting.error is None:
+            raise
+        raise noting.error from None
 
 
 def load_target(target: torch.nn.Module, state: dict[str, Any], path: Path, classes: tuple[str, ...]) -> None:
@@ -134,5 +273,15 @@ def _differences(a: Any, b: Any, name: str):
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """A finished run's summary.json."""
-    return json.loads(path.read_text())
+    """A finished run's summary.json.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the run tests its weights again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it is no summary): remove it, and the run tests its weights again")
+    return content

@@ -17,7 +17,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ class _Unpickler(pickle._Unpickler):
         "SHORT_BINSTRING BINSTRING BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT"
     )
     stack: list[Any]
-    dispatch: dict[int, Callable[..., None]] = {
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in _KNOWN.split())
     }
 
