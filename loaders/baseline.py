@@ -164,6 +164,8 @@ def decode_box(data, height, width, places, seek_step, scale, top, left, bottom,
     side = 8 // scale
     wide, tall = head[WIDE], head[TALL]
     across, down = -(-width // (8 * wide)), -(-height // (8 * tall))
+    if 2 * across * down * (wide * tall + head[PARTS] - 1) > 8 * (len(data) - head[SCAN]):  # two codes a block, or more
+        return nothing
     if len(places) and len(places) != 10 * down * (-(-across // seek_step)):
         return nothing
     enlarge_x, enlarge_y = wide == 2 and (tall == 1 or scale == 1), tall == 2 and scale == 1

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .decode import MOST_PIXELS, PIXELS_A_BYTE
+
 JPEG, RAW = 0, 1
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")], align=True
@@ -112,8 +114,11 @@ def read_beton(path: Path) -> Beton:
         raise ValueError(f"cannot read {path}: {reason}") from error
     raw_N = image_N["mode"] == RAW
     height_N, width_N = (image_N[k].astype(np.int64) for k in ("height", "width"))
+    pixels_N = height_N * width_N
     wrong = np.flatnonzero(
-        raw_N & (size_N != height_N * width_N * 3) | (image_N["mode"] > RAW) | (height_N * width_N == 0)
+        np.where(raw_N, size_N != 3 * pixels_N, pixels_N > np.minimum(PIXELS_A_BYTE * size_N, MOST_PIXELS))
+        | (image_N["mode"] > RAW)
+        | (pixels_N == 0)
     )
     if len(wrong):
         raise ValueError(f"cannot read {path}: sample {wrong[0]} is neither a JPEG nor raw pixels of its size")
@@ -126,14 +131,16 @@ def read_beton(path: Path) -> Beton:
 def _sizes(ptr_N: np.ndarray, table: np.ndarray, end: int) -> np.ndarray:
     """Sizes of what lies at places, from the table of allocations: int64 [N]."""
     by_place = np.argsort(table["ptr"], kind="stable")
-    places = table["ptr"][by_place].astype(np.int64)
-    at = np.searchsorted(places, ptr_N).clip(0, max(len(places) - 1, 0))
-    if not len(places) or (places[at] != ptr_N).any():
-        raise ValueError("its table of allocations does not fit its records")
-    size_N = table["size"][by_place].astype(np.int64)[at]
-    if (ptr_N < HEADER.itemsize).any() or (size_N < 0).any() or (size_N > end - ptr_N).any():  # a sum might overflow
+    places, sizes = table["ptr"][by_place], table["size"][by_place]  # uint64
+    # all of it: other readers look sizes up in it, too; a sum might overflow
+    wrong = (places < HEADER.itemsize) | (places > end) | (sizes > end - places)
+    if not len(places) or (wrong & (sizes > 0)).any():
         raise ValueError("it is cut off, or its table of allocations is damaged")
-    return size_N
+    at = np.searchsorted(places, ptr_N.astype(np.uint64)).clip(0, len(places) - 1)
+    last = np.searchsorted(places, ptr_N.astype(np.uint64), side="right") - 1
+    if (places[at] != ptr_N.astype(np.uint64)).any() or (sizes[at] != sizes[last]).any():
+        raise ValueError("its table of allocations does not fit its records")
+    return sizes[at].astype(np.int64)
 
 
 def _vectors(path: Path, ptr_N: np.ndarray, arguments: np.ndarray, table: np.ndarray, end: int) -> np.ndarray:
@@ -147,11 +154,13 @@ def _vectors(path: Path, ptr_N: np.ndarray, arguments: np.ndarray, table: np.nda
         )
     if (_sizes(ptr_N, table, end) != 4 * shape[0]).any() or 4 * shape[0] * len(ptr_N) > end:
         raise ValueError("its labels' sizes do not fit their shape")
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    out_NC = np.empty((len(ptr_N), 4 * shape[0]), dtype=np.uint8)
-    for row, ptr in zip(out_NC, ptr_N.tolist(), strict=True):
-        row[:] = data[ptr : ptr + len(row)]
-    return out_NC.view("<f4").astype(np.float32)
+    out_NC = np.empty((len(ptr_N), shape[0]), dtype="<f4")
+    with path.open("rb", buffering=0) as file:  # not through a map: reading one whose file was cut off is a signal
+        for row, ptr in zip(out_NC, ptr_N.tolist(), strict=True):
+            file.seek(ptr)
+            if file.readinto(row.view(np.uint8)) != row.nbytes:
+                raise ValueError("it was cut off meanwhile")
+    return out_NC.astype(np.float32, copy=False)
 
 
 class BetonWriter:

@@ -15,21 +15,34 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .jpeg import Header, read_header
 
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_SOI = b"\xff\xd8"
+_SOI, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+PIXELS_A_BYTE = (
+    512  # pixels of a JPEG: a block of 64 takes a bit or more (T.81, annex F; G, of the progressive kind's DC)
+)
+_DEFLATED = 1032  # bytes that a byte of deflate can become
+MOST_PIXELS = 2 * int(Image.MAX_IMAGE_PIXELS or 0)  # as Pillow has it: 179 million
 
 
 def decode(content: np.ndarray | bytes, name: str) -> np.ndarray:
     """Decodes an image file's content to uint8 [H, W, 3], turned as its EXIF says; 16-bit grey keeps its upper 8 bits.
 
+    What an image says of its size is not believed where its bytes cannot hold as much: nothing is allocated for it then.
+
     Raises:
-        ValueError: damaged or no image; names it by ``name``.
+        ValueError: damaged, no image, or of more than :data:`MOST_PIXELS`; names it by ``name``.
     """
     try:
-        if bytes(content[:2]) == _SOI and is_plain(read_header(bytes(content))):
-            image_HWC = _jpeg(content)
+        whole = bytes(content)
+        if whole[:2] == _SOI:
+            head = read_header(whole)
+            _check_size(head.height, head.width, PIXELS_A_BYTE * len(whole))
+            image_HWC = _jpeg(content) if is_plain(head) else None
             if image_HWC is not None:
                 return image_HWC
-        with Image.open(io.BytesIO(bytes(content))) as file:
+        with Image.open(io.BytesIO(whole)) as file:
+            if whole[:8] == _PNG:
+                bits = {"1": 1, "L": 1, "P": 1}.get(file.mode, 8)  # a pixel, or more
+                _check_size(file.height, file.width, 8 * _DEFLATED * len(whole) // bits)
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
@@ -86,6 +99,12 @@ def _why(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # names an object in memory
         return "it is no image of a known kind"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_size(height: int, width: int, most: int) -> None:
+    """Refuses an image of more than ``most`` pixels, what its bytes can hold."""
+    if height * width > min(most, MOST_PIXELS):
+        raise ValueError(f"it says that it has {width} x {height} pixels, which is more than it can have")
 
 
 def _jpeg(content: np.ndarray | bytes) -> np.ndarray | None:

@@ -4,6 +4,7 @@ import struct
 from dataclasses import dataclass
 
 SOS, DHT, DRI = 0xDA, 0xC4, 0xDD
+_MOST_SEGMENTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def read_header(jpeg: bytes) -> Header:
         if length < 2 or end > len(jpeg):
             raise ValueError("its headers are cut off")
         segments.append((marker, at, end))
+        if len(segments) > _MOST_SEGMENTS:
+            raise ValueError(f"it has more than {_MOST_SEGMENTS} segments before its data")
         try:
             if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
                 sof, (precision, height, width, count) = marker, struct.unpack(">BHHB", body[:6])

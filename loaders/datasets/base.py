@@ -226,11 +226,14 @@ def checked(path: Path, md5: str | None) -> bytes:
     """A file's bytes.
 
     Raises:
-        ValueError: missing, or its MD5 is not ``md5`` (None: not compared).
+        ValueError: missing, unreadable, or its MD5 is not ``md5`` (None: not compared).
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     if md5 is not None and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise ValueError(
             f"{path} is not the published file (MD5 differs; CRC {zlib.crc32(content):08x}): fetch it again, or set "

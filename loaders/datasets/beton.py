@@ -14,6 +14,7 @@ from ..video.packed import PackedClips, packed_clips
 from .base import Dataset, Encoded, split_off
 
 _MAX_CLASSES = 100_000  # where nothing names them: a label beyond is no class
+_MAX_SIDE_FILE = 1 << 28  # bytes; that of 10 million images in random splits has 50 MB
 
 
 class Packed(Encoded):
@@ -26,7 +27,13 @@ class Packed(Encoded):
     @cached_property
     def data(self) -> np.ndarray:
         """The whole file: uint8, read-only."""
-        return np.memmap(self.file.path, dtype=np.uint8, mode="r").view(np.ndarray)
+        try:
+            data = np.memmap(self.file.path, dtype=np.uint8, mode="r").view(np.ndarray)
+        except (OSError, ValueError) as error:  # ValueError: it is empty now
+            raise ValueError(f"cannot read {self.file.path}: {error}") from error
+        if len(data) < int((self.file.ptr_N + self.file.size_N).max()):  # compiled code does not ask again
+            raise ValueError(f"cannot read {self.file.path}: it was cut off since it was opened")
+        return data
 
     @cached_property
     def indexed(self) -> bool:
@@ -97,12 +104,16 @@ def beton(root: Path, *, val_share: float, verify: bool = True) -> Dataset:
         raise ValueError(f"{root}: labels go from {labels.min()} to {labels.max()}, and there are {count} classes")
     if labels.ndim == 2 and labels.shape[1] != count:
         raise ValueError(f"{root}: labels are for {labels.shape[1]} classes, and {count} are named")
+    if labels.ndim == 2 and not ((labels == 0) | (labels == 1) | (labels == -1)).all():
+        raise ValueError(f"{root}: its label vectors are not of 1 (shown), 0 (not shown) and -1 (not counted)")
     read: Packed | PackedClips = Packed(file)
     if about is not None:
         if "videos" in about:
             read = packed_clips(Packed(file), about["videos"], str(beside))
             labels = labels[read.first_V[:-1]]
         splits = {k: _expand(v, len(labels), f"{beside}: its split {k}") for k, v in about["splits"].items()}
+        if (np.bincount(np.concatenate(list(splits.values())), minlength=1) > 1).any():
+            raise ValueError(f"{beside}: a sample is in two of its splits")
         name, classes, content = about["name"], tuple(about["classes"]), about["sha256"]
     else:
         rest, test = split_off(labels, np.arange(len(file)), 0.2, purpose=3)
@@ -120,7 +131,9 @@ def compress(index_M: np.ndarray) -> list[list[int]]:
 
 def _expand(runs: list[list[int]], samples: int, what: str) -> np.ndarray:
     try:
-        edge_R2 = np.array(runs, dtype=np.int64).reshape(-1, 2)
+        if not all(type(edge) is int for run in runs for edge in run):
+            raise TypeError
+        edge_R2 = np.array(runs, dtype=np.int64).reshape(len(runs), 2)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{what} is no list of runs [first, behind the last]") from None
     if edge_R2.min(initial=0) < 0 or edge_R2.max(initial=0) > samples:
@@ -137,6 +150,8 @@ def read_side_file(path: Path) -> dict:
         ValueError: it is not there, or not what ``fasttrain pack`` writes.
     """
     try:
+        if path.stat().st_size > _MAX_SIDE_FILE:
+            raise ValueError(f"it has more than {_MAX_SIDE_FILE} bytes")
         about = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error

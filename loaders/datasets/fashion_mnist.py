@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,20 @@ _MD5 = {
 }
 
 
+_MOST_PACKED = 1032  # bytes that a byte of deflate can become
+
+
 def fashion_mnist(root: Path, *, val_share: float, verify: bool = True) -> Dataset:
     """Fashion-MNIST: 60,000 + 10,000 grey images of 28 x 28, in ``ROOT/FashionMNIST/raw`` or ``ROOT`` itself."""
     folder = root / "FashionMNIST" / "raw"
     folder = folder if folder.is_dir() else root
     train_x, train_y, test_x, test_y = (_idx(folder, name, md5 if verify else None) for name, md5 in _MD5.items())
-    if len(train_x) != len(train_y) or len(test_x) != len(test_y):
+    if len(train_x) != len(train_y) or len(test_x) != len(test_y) or not len(train_y) or not len(test_y):
         raise ValueError(f"{folder}: the files do not hold equally many images and labels")
+    if max(train_y.max(), test_y.max()) >= len(_CLASSES):
+        raise ValueError(
+            f"{folder}: labels go to {max(train_y.max(), test_y.max())}, and there are {len(_CLASSES)} classes"
+        )
     targets_N = np.concatenate([train_y, test_y]).astype(np.int64)
     index_N = np.arange(len(targets_N))
     splits = train_val_test(targets_N, index_N[: len(train_y)], index_N[len(train_y) :], val_share)
@@ -32,18 +40,35 @@ def fashion_mnist(root: Path, *, val_share: float, verify: bool = True) -> Datas
 
 
 def _idx(folder: Path, name: str, md5: str | None) -> np.ndarray:
-    """One idx file of bytes: a magic number (0, 0, 8, dimensions), the sizes as big-endian int32, the values."""
-    path = folder / name
+    """One idx file of bytes: a magic number (0, 0, 8, dimensions), the sizes as big-endian int32, the values.
+
+    No more is unpacked than the sizes say, and these have to be what the file can hold.
+    """
+    path, of_one = folder / name, (28, 28) if "images" in name else ()
     packed = not path.is_file()
-    content = checked(folder / f"{name}.gz", None) if packed else path.read_bytes()
+    path = folder / f"{name}.gz" if packed else path
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
     try:
-        content = gzip.decompress(content) if packed else content
-        if content[:3] != b"\0\0\x08":
-            raise ValueError("it is no idx file of bytes")
-        sizes = np.frombuffer(content, dtype=">i4", count=content[3], offset=4)
-        values = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * content[3]).reshape(sizes)
-    except Exception as error:  # gzip and numpy raise EOFError, OSError, ValueError, zlib.error
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if md5 is not None and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise ValueError(f"{path} is not the published file (MD5 differs): set data.verify to false if it is meant to")
-    return values
+        most = path.stat().st_size * (_MOST_PACKED if packed else 1)
+        with (gzip.open if packed else open)(path, "rb") as file:  # type: ignore[operator]
+            head = file.read(8 + 4 * len(of_one))
+            if len(head) < 8 + 4 * len(of_one) or head[:4] != bytes((0, 0, 8, 1 + len(of_one))):
+                raise ValueError(f"it is no idx file of bytes in {1 + len(of_one)} dimensions")
+            sizes = tuple(np.frombuffer(head, dtype=">i4", offset=4).tolist())
+            count = math.prod(sizes)
+            if sizes[1:] != of_one or not 0 <= count <= most:
+                raise ValueError(f"it says that it holds {' x '.join(map(str, sizes))} values")
+            content = file.read(count)
+            if len(content) < count or file.read(1):
+                raise ValueError(f"it does not hold the {count} values that it says")
+    except Exception as error:  # gzip raises EOFError, OSError, zlib.error
+        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if md5 is not None:
+        found = hashlib.md5(head, usedforsecurity=False)
+        found.update(content)
+        if found.hexdigest() != md5:
+            raise ValueError(
+                f"{path} is not the published file (MD5 differs): set data.verify to false if it is meant to"
+            )
+    return np.frombuffer(content, dtype=np.uint8).reshape(sizes)

@@ -20,6 +20,7 @@ _WNID = re.compile(r"n[0-9]{8}")
 _VAL = re.compile(r"ILSVRC2012_val_([0-9]{8})[.]\w+")
 _INTEGER = re.compile(r"[0-9]{1,9}")
 _PUBLISHED = {"classes": 1000, "train": 1_281_167, "val": 50_000}
+_MAX_META = 1 << 20  # bytes of meta.mat; the published one has far less
 _FIELDS = ("ILSVRC2012_ID", "WNID", "num_children")
 
 
@@ -149,13 +150,15 @@ def read_meta(path: Path) -> dict[int, str]:
 
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
+    if path.stat().st_size > _MAX_META:
+        raise ValueError(f"{path}: it has at most {_MAX_META} bytes, not {path.stat().st_size}")
     try:
         synsets = np.atleast_1d(loadmat(path, squeeze_me=True, variable_names=["synsets"])["synsets"])
         columns = zip(*(synsets[field] for field in _FIELDS), strict=True)
         rows = [(int(number), str(wnid)) for number, wnid, below in columns if not below]
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(
-            f"cannot read {path}: {error} (it is to hold synsets with {', '.join(_FIELDS)}; unpack the kit again)"
+            f"cannot read {path}: {' '.join(str(error).split())[:200]} (it is to hold synsets with {', '.join(_FIELDS)}; unpack the kit again)"
         ) from error
     wnid_by_id = dict(rows)
     wrong = next((w for w in wnid_by_id.values() if not _WNID.fullmatch(w)), None)

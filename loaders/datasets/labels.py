@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ Label = int | str
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _MAX_CLASSES = 100_000  # of integers without a classes.txt: a label beyond is a mistake, not a class
+_MAX_EMPTY = 1 << 22  # targets of a multi-label data set most of whose classes have none
 
 
 def complete_splits(stratum_N: np.ndarray, given: dict[str, np.ndarray], val_share: float) -> dict[str, np.ndarray]:
@@ -87,6 +89,11 @@ def name_labels(
 
     if not multi:
         return classes, np.array([index(row[0], i) for i, row in enumerate(rows)], dtype=np.int64)
+    if len(rows) * len(classes) > _MAX_EMPTY and len(classes) > 16 * len(found):  # by one wrong number, say
+        raise ValueError(
+            f"{folder}: labels go to {len(classes) - 1}, and only {len(found)} different ones are there: write a list "
+            "without gaps, or name the classes in a classes.txt that has no others"
+        )
     targets_NC = np.zeros((len(rows), len(classes)), dtype=np.float32)
     for i, row in enumerate(rows):
         for label in row:
@@ -142,7 +149,7 @@ def _named_classes(path: Path) -> tuple[str, ...] | None:
     if not path.is_file():
         return None
     names = tuple(line.strip() for line in read_text(path).split("\n") if line.strip())
-    twice = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
+    twice = sorted(n for n, times in Counter(names).items() if times > 1)
     if twice or not names:
         raise ValueError(f"{path}: {f'the class {twice[0]!r} is there twice' if twice else 'it names no class'}")
     return names

@@ -135,6 +135,7 @@ def read_categories(path: Path, verify: bool) -> dict[str, int]:
             twice or left out; names the line.
     """
     label_by_category: dict[str, int] = {}
+    seen: set[int] = set()
     for number, line in enumerate(_text(path, verify).split("\n"), start=1):
         if not line.strip():
             continue
@@ -143,9 +144,10 @@ def read_categories(path: Path, verify: bool) -> dict[str, int]:
             raise ValueError(
                 f"{path}, line {number}: a category (/a/airfield) and its number are expected, not {line.strip()[:80]!r}"
             )
-        if match[1] in label_by_category or int(match[2]) in label_by_category.values():
+        if match[1] in label_by_category or int(match[2]) in seen:
             raise ValueError(f"{path}, line {number}: {line.strip()}: this category or number is there already")
         label_by_category[match[1]] = int(match[2])
+        seen.add(int(match[2]))
     if not label_by_category or max(label_by_category.values()) != len(label_by_category) - 1:
         raise ValueError(
             f"{path}: categories are to be numbered 0, 1, .. without a gap; it has {len(label_by_category)}"

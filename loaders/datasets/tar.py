@@ -21,6 +21,7 @@ _SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)")
 _BLOCK = 512
 _REGULAR, _EMPTY = (b"0", b"\0", b"7"), tuple(b"%d" % i for i in range(1, 7))  # kinds of members
 _MAX_TEXT = 1 << 20  # bytes of a label or a long name
+_MAX_NAME = 4096  # bytes, as of a path
 _MAX_MAPS = 256  # each holds a file descriptor open
 
 
@@ -147,7 +148,7 @@ def _samples(path: Path) -> list[_Sample]:
     try:
         with path.open("rb") as file:
             for member, offset, size in _members(path, file):
-                match = _NAME.fullmatch(member)
+                match = _NAME.fullmatch(member) if "." in member else None
                 if match is None:  # a hidden file, or one without a suffix: WebDataset passes over them too
                     continue
                 if match[1] != key:
@@ -228,6 +229,8 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
             own = _text(b"/".join(p for p in (prefix, head[:100].split(b"\0", 1)[0]) if p))
         else:
             own = name
+        if len(own) > _MAX_NAME:
+            raise ValueError(f"{path} is damaged: at byte {at} is a name of {len(own)} characters")
         if start + size > end:
             raise ValueError(f"{path} is cut off in its member {own}: it ends at byte {end} of {start + size}")
         at = start + -(-size // _BLOCK) * _BLOCK
@@ -263,7 +266,7 @@ def _pax(path: Path, content: bytes) -> dict[bytes, bytes]:
         length, _, _ = content[at : at + 20].partition(b" ")
         record = content[at : at + int(length)] if length.isdigit() else b""
         key, equals, value = record[len(length) + 1 : -1].partition(b"=")
-        if not equals or record[-1:] != b"\n" or (key == b"size" and not value.isdigit()):
+        if not equals or record[-1:] != b"\n" or (key == b"size" and not (value.isdigit() and len(value) < 20)):
             raise ValueError(f"{path} is damaged: a pax header has the record {content[at : at + 40]!r}")
         out[key] = value
         at += len(record)
