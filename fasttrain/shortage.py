@@ -93,8 +93,8 @@ def _sentence(error: BaseException, recipe: Recipe, device: torch.device) -> str
         )
     if _WORKER.search(text):
         return (
-            f"a process of the loader was killed, as the kernel does when memory runs out ({_host_memory()}): try {workers}, another "
-            f"data.loader than torch, or data.batch {max(recipe.data.batch // 2, 1)} (is {recipe.data.batch})"
+            f"a process of the loader was killed, as the kernel does when memory runs out ({_host_memory()}): try {workers}, "
+            f"another data.loader than torch, or data.batch {max(recipe.data.batch // 2, 1)} (is {recipe.data.batch})"
         )
     on_device = isinstance(error, torch.OutOfMemoryError) or _DEVICE.search(text)
     if not (on_device or isinstance(error, MemoryError) or _HOST.search(text)):
