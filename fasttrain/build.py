@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .device import choose_compile, choose_device, choose_dtype, choose_source_dtype
+from . import ranks
+from .device import choose_compile, choose_dtype, choose_source_dtype, own_device
 from .kernels import SoftTargetLoss
 from .loaders import (
     ClipPlan,
@@ -24,8 +25,10 @@ from .loaders import (
     open_loader,
 )
 from .loaders.base import EpochLoader
+from .loaders.order import part_sizes
 from .methods import METHODS, Method, Setting
 from .models import Backbone, PuzzleTarget, Target, build_backbone, load_backbone
+from .models.sync_batch_norm import synchronised
 from .pretext.data import puzzle_of, with_own_labels
 from .pretext.source import CLUSTERS, open_clusters
 from .recipe import Recipe, Source
@@ -119,9 +122,14 @@ def build(recipe: Recipe) -> Parts:
     Raises:
         ValueError: with the field, its value and what would be right.
     """
-    device = choose_device(recipe.run.device)
+    device = own_device(recipe.run.device)
     dtype, why = choose_dtype(recipe.run.precision, device)
     log = [f"device: {device}, {str(dtype).removeprefix('torch.')} ({why})"]
+    its = ranks.here()
+    if its.several:
+        log += [
+            f"processes: {its.count}, {recipe.run.accumulate if recipe.run.accumulate > 1 else its.count} parts a batch"
+        ]
     compile_, why = choose_compile(recipe.run.compile, device)
     log += [f"compiled: {compile_} ({why})"]
     if recipe.run.protocol == "paper":
@@ -158,6 +166,9 @@ def build(recipe: Recipe) -> Parts:
         for network in (target, *companions.values()):
             network.channels_last()  # type: ignore[operator]
     companions = {name: network.to(device) for name, network in companions.items()}
+    if recipe.run.sync_batch_norm and its.several:
+        target = synchronised(target, device)  # type: ignore[assignment]
+        companions = {name: synchronised(network, device) for name, network in companions.items()}
     method = kind(Setting(recipe, task, device.type, dtype, _soft_target_losses(recipe, device, log), companions))
 
     def opener(spec: LoaderSpec) -> EpochLoader:
@@ -195,6 +206,8 @@ def ground(recipe: Recipe) -> tuple[Dataset, Task, type[Method]]:
     task = TASKS[name](len(dataset.classes), recipe.optim.label_smoothing)
     kind = method_of(recipe)
     kind.check(recipe, task)
+    if len(kind.passes) > 1 and ranks.here().several:
+        raise ValueError(f"method.name: {recipe.method.name} trains in one process, and here are {ranks.here().count}")
     return dataset, task, kind
 
 
@@ -235,8 +248,8 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
         )
     if data.drop_last and data.batch > len(index_N):
         raise ValueError(f"data.batch: {data.batch} is more than the {len(index_N)} images, and data.drop_last is set")
-    if recipe.pretext.task != "none":
-        _insist_on_parts(recipe, {min(data.batch, len(index_N))} | ({last} - {0} if not data.drop_last else set()))
+    its = ranks.here()
+    parts = _parts(recipe, its, {min(data.batch, len(index_N))} | ({last} - {0} if not data.drop_last else set()))
     every = recipe.transfer.every_view and recalls(recipe) and bool(recipe.chosen_sources())
     if every and data.frames:
         raise ValueError(
@@ -261,7 +274,11 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
         on_bad_sample=data.on_bad_sample,
         clip=ClipPlan(data.frames, data.stride) if data.frames else None,
         puzzle=puzzle_of(recipe),
+        rank=its.rank,
+        ranks=its.count,
+        parts=parts if recipe.run.accumulate > 1 else 0,
     )
+    whole = data.batch if data.frames else max(data.batch, 250)
     evals = {
         split: LoaderSpec(
             dataset=dataset,
@@ -269,35 +286,63 @@ def loader_specs(recipe: Recipe, dataset: Dataset) -> tuple[LoaderSpec, dict[str
             plan=evaluation(data.centre_share),
             size=data.size,
             stored=data.stored,
-            batch=data.batch if data.frames else max(data.batch, 250),
+            batch=-(-whole // (2 * its.count)) * 2 * its.count if its.several else whole,
             shuffle=False,
             on_bad_sample=data.on_bad_sample,
             clip=ClipPlan(data.frames, data.stride, max(data.clips, 1), data.crops) if data.frames else None,
             view_seed=data.seed,
             puzzle=train.puzzle,
+            rank=its.rank,
+            ranks=its.count,
         )
         for split in ("val", "test")
     }
     return train, evals
 
 
-def _insist_on_parts(recipe: Recipe, sizes: set[int]) -> None:
-    """Raises ``ValueError`` where ``run.accumulate`` leaves a part of one puzzle: its layers' statistics are of puzzles alone."""
-    count = recipe.run.accumulate
-    for size in sorted(sizes):
-        each = -(-size // min(count, size))
-        if 1 in (each, size % each):
-            raise ValueError(
-                f"run.accumulate: {count} parts of a batch of {size} puzzles leave one of 1, which batch normalisation cannot "
-                "use; choose other data.batch or run.accumulate, or set data.drop_last"
-            )
+def _parts(recipe: Recipe, its: ranks.Ranks, sizes: set[int]) -> int:
+    """Into how many parts a batch is cut, over all processes.
+
+    Args:
+        sizes: of the batches that there will be: a full one, and an epoch's last one.
+
+    Raises:
+        ValueError: parts that cannot be shared out, or are too small for batch norm.
+    """
+    run, unit = recipe.run, 2 if recipe.pretext.task != "none" else 1
+    parts = run.accumulate if run.accumulate > 1 else its.count
+    if parts % its.count:
+        raise ValueError(
+            f"run.accumulate: {parts} parts of a batch cannot be shared out to {its.count} processes; choose a multiple of that"
+        )
+    full, least = max(sizes), min(sizes)
+    if parts > 1 and full < 2 * parts:
+        field = "run.accumulate" if run.accumulate > 1 else "data.batch"
+        raise ValueError(
+            f"{field}: {parts} parts of a batch of {full} leave one with fewer than 2 samples, which batch norm cannot use"
+        )
+    each = parts // its.count
+    share = [
+        [sum(part_sizes(n, parts, unit)[r * each : (r + 1) * each]) for r in range(its.count)] for n in (full, least)
+    ]
+    if any(few > many for many, few in zip(*share, strict=True)):
+        raise ValueError(
+            f"data.batch: the last batch of {least} samples cannot be shared out to {its.count} processes like the others; "
+            "choose another size, or set data.drop_last"
+        )
+    if run.sync_batch_norm and not all(part_sizes(least, parts, unit)):
+        raise ValueError(
+            f"run.sync_batch_norm: the last batch of {least} samples leaves some of {parts} parts empty; choose another "
+            "data.batch, or set data.drop_last"
+        )
+    return parts
 
 
 def loader_workers(recipe: Recipe) -> int:
     """Threads or processes of a loader: as asked, or one for each core that falls to this run."""
     if recipe.data.workers >= 0:
         return recipe.data.workers
-    return max(len(os.sched_getaffinity(0)) // recipe.run.parallel, 1)
+    return max(len(os.sched_getaffinity(0)) // (recipe.run.parallel * ranks.here().local_count), 1)
 
 
 def build_target(recipe: Recipe, classes: int, source_classes: dict[str, int], *, weights: bool = True) -> Target:

@@ -73,7 +73,7 @@ def fill(
     report(f"soft labels: {sources.views} views of {len(sources.index_N)} images from {names}; {size} to be computed")
     start = time.perf_counter()
     rank, ranks = part
-    spec = replace(parts.source_spec, rank=rank, ranks=ranks)
+    spec = replace(parts.source_spec, rank=rank, ranks=ranks, parts=0)
     sources.fill(parts.open_loader, spec, progress)
     took = time.perf_counter() - start
     report(

@@ -9,6 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from . import interrupts
+
+TRY_AGAIN = 75  # exit code of a run that was asked to end, or that waited for too long: the same command goes on
+
 USAGE = """\
 usage: fasttrain COMMAND ...
 
@@ -38,7 +42,8 @@ usage: fasttrain COMMAND ...
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for a user's mistake (one sentence on stderr), 130 for Ctrl-C."""
+    """Runs a command; returns the exit code: 0; 2 for a user's mistake (one sentence on stderr); 75 where a training was asked to
+    end, or a process or loader did not answer, and the same command goes on; 130 for Ctrl-C elsewhere."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -50,17 +55,40 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command is None:
             raise ValueError(f"there is no command {given[0]!r}; there are {', '.join(COMMANDS)}")
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1 and given[0] not in _SEVERAL:
+            raise ValueError(
+                f"{given[0]} runs in one process, not in WORLD_SIZE={os.environ['WORLD_SIZE']}; several take {', '.join(_SEVERAL)}"
+            )
         return command(given[1:])
+    except interrupts.Preempted as error:
+        if _rank() == 0:
+            print(
+                f"fasttrain: {error or 'asked to end before anything was done'}; the same command goes on",
+                file=sys.stderr,
+            )
+        return TRY_AGAIN
     except KeyboardInterrupt:
         print(f"fasttrain: stopped{_GOES_ON.get(given[0], '')}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
-    except (ValueError, OSError) as error:
-        if os.environ.get("FASTTRAIN_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("FASTTRAIN_TRACEBACK") or not (isinstance(error, ValueError | OSError) or _again(error)):
             raise
-        print(f"fasttrain: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        who = "" if not _rank() else f"process {_rank()}: "
+        if type(error).__name__ != "Elsewhere" or not _rank():  # the process that met it says it, and the first one
+            print(f"fasttrain: error: {who}{' '.join(str(error).split())}", file=sys.stderr)
+        return TRY_AGAIN if _again(error) else 2
+
+
+def _rank() -> int:
+    """Of this process, as ``torchrun`` says; 0 of one alone."""
+    return int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
+
+
+def _again(error: Exception) -> bool:
+    """Whether it is nobody's mistake: another process or a loader was late, or has gone."""
+    return type(error).__name__ in ("Lost", "Stalled")
 
 
 def _train(given: list[str]) -> int:
@@ -75,11 +103,18 @@ def _train(given: list[str]) -> int:
     what = recipe.load(name, rest)
     from rich.console import Console
 
-    from . import compare, show
+    from . import compare, device, ranks, show
 
     console = Console()
-    with show.Watch(what, console, len(compare.jobs_of(what))) as watch:
-        table = compare.run(what, watch)
+    with (
+        interrupts.ends_cleanly(),
+        ranks.joined(what.run.timeout, device.choose_device(what.run.device).type == "cuda") as its,
+    ):
+        if not its.first:
+            compare.run(what, lambda label, line: None)
+            return 0
+        with show.Watch(what, console, len(compare.jobs_of(what))) as watch:
+            table = compare.run(what, watch)
     console.print(show.table(table))
     folder = os.path.join(what.run.dir, what.name)
     console.print(f"{folder}/report.html, {folder}/table.json", highlight=False, soft_wrap=True)
@@ -189,7 +224,7 @@ def _cache(given: list[str]) -> int:
     name, rest = _name(given)
     if name is None:
         raise ValueError("cache needs a recipe: a packaged name such as demo, or a YAML file")
-    what, its_part = recipe.load(name, rest), _part(part) if part else (0, 1)
+    what, its_part = recipe.load(name, rest), _part(part) if part else (_rank(), int(os.environ.get("WORLD_SIZE") or 1))
     from rich.console import Console
 
     from . import caching, show
@@ -273,6 +308,7 @@ def _doctor(given: list[str]) -> int:
     return 0
 
 
+_SEVERAL = ("train", "cache")  # commands that several processes share
 _GOES_ON = {
     "train": "; the same command goes on from the last checkpoint",
     "pack": "; the same command goes on where it was",

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from . import interrupts, report
+from . import interrupts, ranks, report
 from .build import Parts, build, ground, open_data
 from .details import largest_share
-from .device import choose_device, set_up
+from .device import choose_device, own_device, set_up
 from .files import write_json
 from .log import Watcher
 from .pretext.source import CLUSTERS
@@ -32,7 +32,7 @@ from .trainer import Trainer
 from .words import LABELS, learns
 
 _ROW = "row:"
-_PATIENCE = 10.0  # seconds for a run side by side to end the step it is at
+_PATIENCE = 60.0  # seconds for a run side by side to end the step it is at, and to write its checkpoint
 
 
 @dataclass(frozen=True)
@@ -151,15 +151,25 @@ def run(
     """
     jobs = jobs_of(recipe)
     root = Path(recipe.run.dir) / recipe.name
+    its = ranks.here()
+    if its.several and recipe.run.parallel > 1:
+        raise ValueError(
+            f"run.parallel: {recipe.run.parallel} runs side by side, but {its.count} processes train each of them; choose one"
+        )
     side_by_side = min(recipe.run.parallel, len(jobs))
-    set_up(recipe.run, choose_device(recipe.run.device))
-    with locked(root):
+    set_up(recipe.run, own_device(recipe.run.device))
+    with locked(root) if its.first else nullcontext():
+        its.same(lambda: None)  # that the first process has the folder for itself, and that all are here
         summaries = run_jobs(jobs, root / "recall", watch, parallel=side_by_side)
-        more = also(jobs) if also is not None else {}
-        table = tabulate(recipe, jobs, summaries, side_by_side) | more
-        write_json(root / "table.json", table)
-        report.write(root / "report.html", recipe, table, jobs, summaries)
-    return table
+
+        def finish() -> dict[str, Any]:
+            more = also(jobs) if also is not None else {}
+            table = tabulate(recipe, jobs, summaries, side_by_side) | more
+            write_json(root / "table.json", table)
+            report.write(root / "report.html", recipe, table, jobs, summaries)
+            return table
+
+        return its.first_does(finish)
 
 
 def tabulate(recipe: Recipe, jobs: list[Job], summaries: list[dict[str, Any]], side_by_side: int) -> dict[str, Any]:
@@ -225,16 +235,17 @@ def run_jobs(
     first = True
     waves = _waves(jobs)
     _check_later(waves)
+    its = ranks.here()
     for wave in waves:
         for job in wave:
-            make_what_clusters_say(job, lambda text: watch("", {"kind": "note", "text": text}))
+            its.first_does(partial(make_what_clusters_say, job, lambda text: watch("", {"kind": "note", "text": text})))
         count = min(parallel, len(wave))
         if count > 1:
             summaries = _side_by_side(wave, count, recall, watch)
         else:
             if len(jobs) > 1 and first:  # every row's mistakes come to light before the first is trained
                 for job in first_seeds(wave):
-                    _built(job)
+                    its.same(partial(_built, job))
             summaries = [_train(job, recall, partial(watch, job.label)) for job in wave]
         first = False
         found |= {job.folder: summary for job, summary in zip(wave, summaries, strict=True)}
@@ -268,7 +279,7 @@ def _check_later(waves: list[list[Job]]) -> None:
 
 
 def _train(job: Job, recall: Path, watch: Watcher) -> dict[str, Any]:
-    parts = _built(job)
+    parts = ranks.here().same(lambda: _built(job))
     return Trainer(parts, job.folder, recall, watch).fit()
 
 
@@ -308,8 +319,10 @@ def _side_by_side(jobs: list[Job], count: int, recall: Path, watch) -> list[dict
                 for future in as_completed([f for f, i in futures.items() if i not in summaries and f.done()]):
                     summaries[futures[future]] = future.result()
             _pass_on(lines, watch)
-        except BaseException:
+        except BaseException as error:
             _end(pool)
+            if isinstance(error, interrupts.Asked):
+                raise interrupts.Preempted("asked to end; the checkpoints of the runs side by side are there") from None
             raise
     return [summaries[i] for i in range(len(jobs))]
 
@@ -388,11 +401,16 @@ def _start_worker(lines, devices, parent: int) -> None:
 
 
 def _told_to_end(worker: int, number, frame) -> None:
-    global _ENDS
-    _ENDS = True
     if os.getpid() != worker or not interrupts.note():
         os._exit(1)
-    _LINES.cancel_join_thread()  # nobody reads them any more
+    _leave()
+
+
+def _leave() -> None:
+    """No further run, and nobody reads the lines any more."""
+    global _ENDS
+    _ENDS = True
+    _LINES.cancel_join_thread()
 
 
 def _train_in_worker(job: Job, recall: Path) -> dict[str, Any]:
@@ -403,7 +421,11 @@ def _train_in_worker(job: Job, recall: Path) -> dict[str, Any]:
     set_up(job.recipe.run, device)
     if device.index is not None:
         torch.cuda.set_device(device)
-    return _train(job, recall, lambda line: _LINES.put((job.label, line)))
+    try:
+        return _train(job, recall, lambda line: _LINES.put((job.label, line)))
+    except KeyboardInterrupt:
+        _leave()
+        raise
 
 
 def _on_a_device_of_its_own(job: Job, gpus: int) -> Job:

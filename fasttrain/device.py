@@ -1,9 +1,11 @@
 """What to compute on, and in which type."""
 
 import ctypes
+import os
 
 import torch
 
+from . import ranks
 from .recipe import Run
 
 
@@ -23,6 +25,14 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"run.device: {name!r} is none of auto, cpu, cuda, cuda:0, ..")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"run.device: {name} is not here; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def own_device(name: str) -> torch.device:
+    """The device of this process: as :func:`choose_device`, but with several on a machine each has a GPU of its own."""
+    device, its = choose_device(name), ranks.here()
+    if its.several and device.type == "cuda" and device.index is None:
+        return torch.device("cuda", its.local % torch.cuda.device_count())
     return device
 
 
@@ -57,8 +67,11 @@ def cpu_name() -> str:
 def set_up(run: Run, device: torch.device) -> None:
     """Settings of the process: threads; on a CPU, denormal numbers count as zero, which are many times slower, and memory is
     kept for the next step."""
+    its = ranks.here()
     if run.threads:
         torch.set_num_threads(run.threads)
+    elif its.several:  # torchrun would leave each process one thread
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // its.local_count, 1))
     torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True

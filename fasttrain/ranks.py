@@ -34,12 +34,16 @@ class Ranks:
         rank: of this one, from 0.
         count: of all.
         local, local_count: on this machine.
-        late: says which process is late, for messages; the watchdog knows.
+        late: says which process is late, for messages.
+        store: what the processes share; None of one alone.
+        doing: notes what this process does, for the others and for whoever watches.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, local: int = 0, local_count: int = 1) -> None:
         self.rank, self.count, self.local, self.local_count = rank, count, local, local_count
         self.late: Callable[[], str] = lambda: ""
+        self.doing: Callable[[str], None] = lambda what: None
+        self.store: dist.Store | None = None
         self._talk: Any = None  # the group that agrees, with run.timeout
         self._wait: Any = None  # the group that waits for what the first process does alone
 
@@ -61,6 +65,19 @@ class Ranks:
         self._do(lambda: dist.all_reduce(value, dist.ReduceOp.MAX, group=self._talk))
         return bool(value[0])
 
+    def ask(self, flag: bool) -> Callable[[], bool]:
+        """As :meth:`agree`, in the background: what it returns waits for the answer."""
+        if not self.several:
+            return lambda: flag
+        value = torch.tensor([int(flag)])
+        work = self._do(lambda: dist.all_reduce(value, dist.ReduceOp.MAX, group=self._talk, async_op=True))
+
+        def answer() -> bool:
+            self._do(work.wait)
+            return bool(value[0])
+
+        return answer
+
     def first_does(self, what: Callable[[], T]) -> T:
         """What the first process does alone, however long that takes, and the others get from it.
 
@@ -72,7 +89,8 @@ class Ranks:
         told: list[Any] = [None, None]
         if self.first:
             try:
-                told[0] = what()
+                with _alone():
+                    told[0] = what()
             except (ValueError, OSError) as error:
                 told[1] = error
             except BaseException:
@@ -131,6 +149,10 @@ class Ranks:
         self._do(lambda: dist.broadcast_object_list(content, src=0, group=self._talk))
         return content[0]  # type: ignore[return-value]
 
+    def all(self, value: T) -> list[T]:
+        """Every process's value, in the order of ranks."""
+        return self._do(lambda: self._gathered(value)) if self.several else [value]
+
     def barrier(self) -> None:
         """Waits until all processes are here."""
         self.agree(False)
@@ -164,6 +186,17 @@ def here() -> Ranks:
     return _HERE
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """What runs in the block is not shared with the other processes."""
+    global _HERE
+    before, _HERE = _HERE, Ranks()
+    try:
+        yield
+    finally:
+        _HERE = before
+
+
 def asked() -> tuple[int, int, int, int]:
     """(rank, ranks, local rank, local ranks), as the environment says; (0, 1, 0, 1) where it says nothing.
 
@@ -180,8 +213,8 @@ def asked() -> tuple[int, int, int, int]:
         given["MASTER_ADDR"], given["MASTER_PORT"]
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"WORLD_SIZE is {given['WORLD_SIZE']}, and {error} is not set to what goes with it: start the processes with torchrun, "
-            "or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT (docs/cluster.md)"
+            f"WORLD_SIZE is {given['WORLD_SIZE']}, and {error} is not set to what goes with it: start the processes with "
+            "torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT (docs/cluster.md)"
         ) from None
     if not (0 <= rank < count and 0 <= local < local_count):
         raise ValueError(f"RANK {rank} of WORLD_SIZE {count}, LOCAL_RANK {local} of LOCAL_WORLD_SIZE {local_count}")
@@ -211,6 +244,7 @@ def joined(timeout: float, cuda: bool) -> Iterator[Ranks]:
         torch.cuda.set_device(out.local % torch.cuda.device_count())
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=within)
+        out.store = dist.distributed_c10d._get_default_store()
         out._talk = dist.new_group(backend="gloo", timeout=within)
         out._wait = dist.new_group(backend="gloo", timeout=_DAYS)
     except (RuntimeError, ValueError) as error:

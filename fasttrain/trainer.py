@@ -7,7 +7,7 @@ knows nothing of the command line, and nothing of which loader, method or kind o
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -16,20 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, interrupts
+from . import checkpoint, interrupts, ranks
 from .advice import advise
 from .build import Parts
-from .cosine import gradient_cosines
-from .details import condensed
 from .environment import environment
-from .files import remove_unfinished, write_json, write_text
-from .kernels import network_input
+from .evaluation import evaluate, evaluate_in_detail
+from .files import insist_on_room, remove_unfinished, size_of, write_json, write_text
+from .guard import FiniteGuard, Where
 from .loaders import Batch
 from .log import Clock, RunLog, Watcher, shares
-from .optim import Schedule, build_average, build_optimiser
+from .optim import Schedule
 from .recipe import to_yaml
-from .sources import RecalledSources, SoftTargets
+from .shortage import explained
+from .sources import RecalledSources
 from .sources.bank import Take
+from .step import Stepper
+from .watchdog import Watchdog
+from .writer import CheckpointWriter
 
 
 @dataclass(frozen=True)
@@ -53,21 +56,23 @@ class Trainer:
 
     def __init__(self, parts: Parts, folder: Path, recall: Path, watch: Watcher) -> None:
         recipe = parts.recipe
-        self.parts, self.recipe, self.folder, self.watch = parts, recipe, folder, watch
+        self.ranks = ranks.here()
+        self.parts, self.recipe, self.folder = parts, recipe, folder
+        self.watch: Watcher = watch if self.ranks.first else (lambda line: None)
         self.target, self.task, self.method, self.loader = (
             parts.target,
             parts.task,
             parts.method,
             parts.loaders["train"],
         )
-        self.optimisers = [
-            build_optimiser(self.method.optim(number), *self.method.trained(self.target, number))
-            for number in range(len(self.method.passes))
-        ]
         self.schedule = Schedule(recipe.optim, len(self.loader))
-        self.average = build_average(recipe.optim, self.target)
-        self.scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.dtype == torch.float16)
-        self.mean, self.std = (torch.tensor(v, device=parts.device) for v in (recipe.data.mean, recipe.data.std))
+        self.clock, self.train_seconds = Clock(parts.device), 0.0
+        self.guard = FiniteGuard(
+            parts.device, allowed=recipe.run.skip_nonfinite, tell=self._left_out, stop=self._not_finite
+        )
+        self.stepper = Stepper(parts, self.ranks, self.schedule, self.guard, self.clock)
+        self.optimisers, self.average = self.stepper.optimisers, self.stepper.average
+        self.mean, self.std = self.stepper.mean, self.stepper.std
         val_index_N = parts.loaders["val"].spec.index_N
         self.metric = self.task.metric(torch.from_numpy(parts.dataset.targets_N[val_index_N]))
         self.epoch, self.step, self.finished = 0, 0, False
@@ -75,41 +80,77 @@ class Trainer:
         self.best: dict[str, Any] = {"epoch": 0, "value": -math.inf, "val": {}}
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.clock, self.train_seconds = Clock(parts.device), 0.0
         self.position = self.loader.state_dict()
         self.speeds: list[float] = []
         self._last_place = 0
+        self.checkpoints = folder / "checkpoints"
         kept = self._resume()
-        for place in (folder, folder / "checkpoints"):
-            place.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(place)
-        write_text(folder / "recipe.yaml", to_yaml(recipe))
-        self.log = RunLog(folder, watch, tensorboard=recipe.run.tensorboard, keep=kept, step=self.step)
+        self.ranks.first_does(self._make_folder)
+        self.log = RunLog(
+            folder if self.ranks.first else None, watch, tensorboard=recipe.run.tensorboard, keep=kept, step=self.step
+        )
+        self.writer = CheckpointWriter(self.checkpoints, keep=recipe.run.keep, report=self._note)
         for line in parts.log:
             self._note(line)
         self.sources = None if self.finished else parts.open_sources(recall, self._note)
         if self.sources is not None:
             self._note(f"sources: {self.sources.describe()}")
-        self.losses = self._losses
-        if parts.compile != "off":
-            torch._dynamo.config.recompile_limit = 32  # sizes that grow, and an epoch's last batch
-            mode = "reduce-overhead" if parts.compile == "graphs" else None
-            self.losses = torch.compile(self._losses, mode=mode, dynamic=False)
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the end, tests the selected weights once, and returns what goes into summary.json."""
-        with interrupts.held():
+        """Trains to the end, tests the selected weights once, and returns what goes into summary.json.
+
+        Raises:
+            Preempted: this process, or one of the others, was asked to end; a checkpoint is on the disk.
+            ValueError: a gradient or loss that is not finite, or too little memory.
+            Lost, Stalled: another process, or a loader, is late.
+        """
+        with interrupts.held(), self._watchdog(), explained(self.recipe, self.parts.device):
             try:
                 while self.epoch < self.recipe.optim.epochs and not self.finished:
                     self._train_epoch()
                     self._end_epoch()
-                return self._finish()
+                summary = self._finish()
+                self.writer.wait()
+                return summary
+            except interrupts.Asked:
+                raise self._preempted() from None
             finally:
+                self.writer.close()
                 self.log.close()
+                self.stepper.close()
                 if self.sources is not None:
                     self.sources.close()
                 for loader in self.parts.loaders.values():
                     loader.close()
+
+    @contextmanager
+    def _watchdog(self) -> Iterator[None]:
+        its = self.ranks
+        watchdog = Watchdog(
+            seconds=self.recipe.run.timeout,
+            rank=its.rank,
+            ranks=its.count,
+            store=its.store,
+            report=self._note,
+            folder=self.folder,
+        )
+        with watchdog:
+            its.doing, its.late = (lambda what: watchdog.doing(what, self.step)), watchdog.late
+            try:
+                yield
+            finally:
+                its.doing, its.late = (lambda what: None), (lambda: "")
+
+    def _make_folder(self) -> None:
+        for place in (self.folder, self.checkpoints):
+            place.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(place)
+        if not self.finished:
+            size = size_of(self._state())
+            insist_on_room(
+                self.checkpoints, (self.recipe.run.keep + 2) * size - _used(self.checkpoints), "its checkpoints"
+            )
+        write_text(self.folder / "recipe.yaml", to_yaml(self.recipe))
 
     def _train_epoch(self) -> None:
         for number in range(self.number, len(self.method.passes)):
@@ -117,7 +158,7 @@ class Trainer:
             self._train_pass()
             if number + 1 < len(self.method.passes):
                 self.loader.set_epoch(self.epoch)
-        self.number, self.position = 0, self.loader.state_dict()
+                self.number, self.position = number + 1, self.loader.state_dict()
 
     def _train_pass(self) -> None:
         for network in (self.target, self.method.companions):
@@ -127,11 +168,14 @@ class Trainer:
         self.clock.start()
         mark, images = time.perf_counter(), 0
         for ready in self._ahead():
-            self._take_step(ready)
+            stop = self.ranks.ask(interrupts.asked())
+            taken = self._take_step(ready)
             self.step += 1
             self.position = ready.position
-            interrupts.check()
-            images += len(ready.batch)
+            if stop():
+                interrupts.settle()
+                raise interrupts.Asked
+            images += taken
             if self.step % run.log_every == 0:
                 self.clock.settle()
                 self._log_steps(images, time.perf_counter() - mark)
@@ -144,6 +188,7 @@ class Trainer:
                 self.clock.start()
                 mark, images = time.perf_counter(), 0
         self.clock.settle()
+        self.guard.settle()
         self.train_seconds += time.perf_counter() - mark
 
     def _choose_loader(self) -> None:
@@ -170,55 +215,32 @@ class Trainer:
             ready = following if self.parts.device.type == "cuda" else self._begin(batches)
 
     def _begin(self, batches: Iterator[Batch]) -> _Ready | None:
+        self.ranks.doing("waits for data")
         batch = next(batches, None)
         self.clock.mark("data")
         if batch is None:
             return None
-        soft = self.sources.start(batch) if self.sources is not None else None
+        self.ranks.doing("computes")
+        soft = self.sources.start(batch) if self.sources is not None and len(batch) else None
         self.clock.mark("sources")
         return _Ready(batch, soft, self.loader.state_dict())
 
-    def _take_step(self, ready: _Ready) -> None:
-        optim, batch = self.recipe.optim, ready.batch
+    def _take_step(self, ready: _Ready) -> int:
+        """Returns how many images, of all processes, were learned from."""
         soft = ready.soft() if ready.soft is not None else None
         self.clock.mark("sources")
-        number, at = self.number, self._place()
-        self._last_place = at
-        rise, factor = self.schedule.rise(at), self.schedule.factor(at)
-        losses: dict[str, Tensor] = {}
-        every = self.recipe.run.cosine_every
-        if every and not number and at % every == 0:
-            losses |= self._cosines(batch, soft)
-        for pixels, targets, its_soft in self._parts_of(batch, soft):
-            if self.parts.compile == "graphs":
-                torch.compiler.cudagraph_mark_step_begin()
-            share = len(targets) / len(batch)
-            found = (
-                self._other_losses(pixels, targets, optim.lr * rise * factor)
-                if number
-                else self.losses(pixels, targets, its_soft)
-            )
-            loss = self.scaler.scale(found["loss"] if share == 1 else found["loss"] * share)
-            loss.backward(inputs=_parameters(self.optimisers[number]) if number else None)
-            for name, value in found.items():
-                losses[name] = losses.get(name, 0) + value.detach() * share
-        self.clock.mark("target")
-        optimiser, spec = self.optimisers[number], self.method.optim(number)
-        for group in optimiser.param_groups:
-            group["lr"] = spec.lr * rise * factor * group.get("factor", 1.0)
-        if optim.clip_norm:
-            self.scaler.unscale_(optimiser)
-            torch.nn.utils.clip_grad_norm_(_parameters(optimiser), optim.clip_norm)
-        self.scaler.step(optimiser)
-        self.scaler.update()
-        optimiser.zero_grad(set_to_none=True)
-        if self.average is not None and not number:
-            self.average.update_parameters(self.target)
+        at = self._last_place = self._place()
+        where = Where(self.step, self.epoch, self.position["batch"])
+        losses, taken = self.stepper.take(ready.batch, soft, number=self.number, place=at, where=where)
+        if taken:
+            self._count(self.number, losses)
+        return ready.batch.whole or len(ready.batch)
+
+    def _count(self, number: int, losses: dict[str, Tensor]) -> None:
         prefix = f"{self.method.passes[number]}/" if number else ""
         for name, value in losses.items():  # stays on the device; read every N steps
             self.sums[prefix + name] = self.sums.get(prefix + name, 0) + value
             self.counts[prefix + name] = self.counts.get(prefix + name, 0) + 1
-        self.clock.mark("optimiser")
 
     def _place(self) -> int:
         """Of a step in the schedule: steps of the epoch's other passes are at the places of the first's."""
@@ -226,53 +248,46 @@ class Trainer:
         epoch, rest = divmod(self.step, count * len(self.method.passes))
         return epoch * count + rest % count
 
-    def _parts_of(self, batch: Batch, soft: SoftTargets | None) -> Iterator[tuple[Tensor, Tensor, SoftTargets | None]]:
-        """The batch, or with ``run.accumulate`` its parts."""
-        count = min(self.recipe.run.accumulate, len(batch))
-        size = -(-len(batch) // count)
-        if count == 1:
-            yield batch.pixels, batch.targets, soft
-            return
-        softs = [None] * len(batch.pixels.split(size)) if soft is None else soft.split(size)
-        yield from zip(batch.pixels.split(size), batch.targets.split(size), softs, strict=True)
-
-    def _losses(self, pixels: Tensor, targets_B: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:
-        """The forward pass, from bytes to the method's losses: what is compiled."""
-        return self.method.step(self.target, network_input(pixels, self.mean, self.std), targets_B, soft)
-
-    def _other_losses(self, pixels: Tensor, targets_B: Tensor, lr: float) -> dict[str, Tensor]:
-        """Those of an epoch's later passes. They are not compiled: a compiler does not differentiate a gradient."""
-        x = network_input(pixels, self.mean, self.std)
-        return self.method.other_step(self.number, self.target, x, targets_B, lr)
-
-    def _cosines(self, batch: Batch, soft: SoftTargets | None) -> dict[str, Tensor]:
-        x = network_input(batch.pixels, self.mean, self.std)
-        found = gradient_cosines(self.method, self.target, x, batch.targets, soft)
-        return {f"cosine/{name}": value for name, value in found.items()}
-
     def _end_epoch(self) -> None:
-        run = self.recipe.run
-        self.epoch += 1
-        last = self.epoch == self.recipe.optim.epochs
-        if self.epoch % run.eval_every == 0 or last:
+        """Evaluates, and only then is the epoch over: a run that is stopped meanwhile evaluates first when it goes on."""
+        run, epoch = self.recipe.run, self.epoch + 1
+        last = epoch == self.recipe.optim.epochs
+        if epoch % run.eval_every == 0 or last:
             val = self.evaluate("val")
             self.schedule.heard(val["loss"])
             if run.select == "last" or val[self.metric] > self.best["value"]:
-                self.best = {"epoch": self.epoch, "value": val[self.metric], "val": val}
+                self.best = {"epoch": epoch, "value": val[self.metric], "val": val}
                 self._save_selected()
-            self.log.write({"kind": "eval", "epoch": self.epoch, "step": self.step, "metric": self.metric} | val)
-        if self.epoch % run.checkpoint_every == 0 or last:
+            self.log.write({"kind": "eval", "epoch": epoch, "step": self.step, "metric": self.metric} | val)
+        self.epoch, self.number = epoch, 0
+        self.loader.set_epoch(epoch)
+        self.position = self.loader.state_dict()
+        if epoch % run.checkpoint_every == 0 or last:
             self.finished = last
             self._save()
 
+    def _preempted(self) -> interrupts.Preempted:
+        """What to raise where the run was asked to end; everything up to the last step is on the disk then."""
+        if not self.finished:
+            self._save()
+        self.ranks.doing("writes a checkpoint")
+        self.writer.wait()
+        return interrupts.Preempted(
+            f"asked to end, after step {self.step}; the checkpoint of it is in {self.checkpoints}"
+        )
+
     def _finish(self) -> dict[str, Any]:
         path = self.folder / "summary.json"
-        if path.is_file():
-            return checkpoint.read_summary(path)
-        selected = self.folder / "checkpoints" / "selected.pt"
-        checkpoint.load_target(self.target, checkpoint.load(selected), selected, self.parts.dataset.classes)
+        found = self.ranks.first_does(lambda: checkpoint.read_summary(path) if path.is_file() else None)
+        if found is not None:
+            return found
+        self.writer.wait()
+        selected = self.checkpoints / "selected.pt"
+        state = self.ranks.first_does(lambda: checkpoint.load(selected))
+        checkpoint.load_target(self.target, state, selected, self.parts.dataset.classes)
         self.average = None
         test, details = evaluate_in_detail(self.parts, self.target, "test")
+        bad = {split: self.ranks.all(len(loader.bad)) for split, loader in self.parts.loaders.items()}
         summary = {
             "name": self.recipe.name,
             "metric": self.metric,
@@ -286,13 +301,16 @@ class Trainer:
             "advice": self._advice(shares(self.clock.seconds)),
             "epochs": self.epoch,
             "steps": self.step,
+            "left_out_steps": self.guard.left_out,
+            "processes": self.ranks.count,
             "seed": self.recipe.run.seed,
             "sources": {n.spec.name: {"model": n.spec.model, "sha256": n.sha256} for n in self.parts.networks},
-            "bad_samples": {split: len(loader.bad) for split, loader in self.parts.loaders.items()},
+            "bad_samples": {split: sum(counts) for split, counts in bad.items()},
             "log": self.parts.log,
             "environment": environment(),
         }
-        write_json(path, summary)
+        if self.ranks.first:
+            write_json(path, summary)
         self.watch({"kind": "done"} | summary)
         return summary
 
@@ -311,10 +329,7 @@ class Trainer:
         means = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
         wrong = next((v for name, v in means.items() if name.endswith("loss") and not math.isfinite(v)), None)
         if wrong is not None:
-            raise ValueError(
-                f"the loss is {wrong} by step {self.step}: optim.lr {self.recipe.optim.lr:g} may be too high; "
-                "try a lower one, warmup_epochs or clip_norm"
-            )
+            raise self._too_high(f"the loss is {wrong} by step {self.step}")
         self.sums, self.counts = {}, {}
         self.speeds.append(images / seconds)
         lately = shares(self.clock.lately)
@@ -329,6 +344,44 @@ class Trainer:
         }
         self.log.write({"kind": "step"} | position | means | {"images_per_s": images / seconds} | told)
 
+    def _left_out(self, where: Where, count: int) -> None:
+        """A step whose gradient was not finite, and that may be left out."""
+        allowed = self.recipe.run.skip_nonfinite
+        self._note(
+            f"LEFT OUT: the gradient of step {where.step + 1} was not finite ({count} of {allowed} steps so far)"
+        )
+        self.log.write(
+            {"kind": "left out", "epoch": where.epoch, "step": where.step + 1, "index": self._batch_at(where)}
+        )
+
+    def _not_finite(self, where: Where) -> ValueError:
+        index = self._batch_at(where)
+        path = self.folder / "nonfinite.json"
+        if self.ranks.first:
+            write_json(path, {"step": where.step + 1, "epoch": where.epoch, "batch": where.batch, "index": index})
+        some = ", ".join(map(str, index[:8])) + (", .." if len(index) > 8 else "")
+        return self._too_high(
+            f"the gradient is not finite at step {where.step + 1} (epoch {where.epoch + 1}, batch {where.batch + 1} of it: "
+            f"samples {some}; {path} has all), and the weights do not have it"
+        )
+
+    def _too_high(self, what: str) -> ValueError:
+        back = (
+            f"the last checkpoint, of step {self.saved}, is in {self.checkpoints}"
+            if self.saved
+            else "there is no checkpoint yet"
+        )
+        return ValueError(
+            f"{what}; {back}. optim.lr {self.recipe.optim.lr:g} may be too high: try a lower one, warmup_epochs or clip_norm; or "
+            f"run.skip_nonfinite {self.guard.left_out + 1} leaves such steps out"
+        )
+
+    def _batch_at(self, where: Where) -> list[int]:
+        """Indices of a step's global batch."""
+        spec = self.loader.spec
+        start = where.batch * spec.batch
+        return (spec.epoch_order(where.epoch)[start : start + spec.batch] // spec.shows).tolist()
+
     def _advice(self, share: dict[str, float]) -> str:
         recalled = isinstance(self.sources, RecalledSources)
         return advise(
@@ -339,41 +392,53 @@ class Trainer:
         self.watch({"kind": "note", "text": text})
 
     def _save(self) -> None:
-        state = {
+        """In the background; the loop waits only until all is copied."""
+        self.guard.settle()
+        bad = self.ranks.all(self.loader.bad) if self.recipe.data.on_bad_sample == "skip" else []
+        if not self.ranks.first:
+            return
+        self.writer.save("last.pt", self._state() | {"bad_samples": {i: why for its in bad for i, why in its.items()}})
+        self.saved = self.step
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "target": self.target.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
             "classes": list(self.parts.dataset.classes),
             "companions": self.method.companions.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.stepper.scaler.state_dict(),
             "loader": self.position,
-            "bad_samples": self.loader.bad,
+            "bad_samples": {},
             "dataset": self.parts.dataset.identity(),
             "position": {"epoch": self.epoch, "pass": self.number, "step": self.step, "finished": self.finished},
             "best": self.best,
             "sums": self.sums,
             "counts": self.counts,
+            "left_out": self.guard.left_out,
             "times": {"clock": self.clock.seconds, "speeds": self.speeds, "train": self.train_seconds},
-            "random": torch.get_rng_state(),
-            "log_bytes": self.log.position(),
+            "log_bytes": self.log.position() if hasattr(self, "log") else 0,
+            "processes": self.ranks.count,
             "recipe": asdict(self.recipe),
         }
-        checkpoint.save(self.folder / "checkpoints" / "last.pt", state)
 
     def _save_selected(self) -> None:
+        if not self.ranks.first:
+            return
         weights = (self.average.module if self.average is not None else self.target).state_dict()
-        state = {"target": weights, "classes": list(self.parts.dataset.classes), "epoch": self.epoch}
+        state = {"target": weights, "classes": list(self.parts.dataset.classes), "epoch": self.epoch + 1}
         state |= {"recipe": asdict(self.recipe), "metric": self.metric, "val": self.best["val"]}
         state |= {"dataset": self.parts.dataset.identity()}
-        checkpoint.save(self.folder / "checkpoints" / "selected.pt", state)
+        self.writer.save("selected.pt", state)
 
     def _resume(self) -> int:
         """Goes to where the last checkpoint was; returns the bytes of the log it knew of."""
-        path = self.folder / "checkpoints" / "last.pt"
-        if not path.is_file():
+        self.saved = 0
+        found = self.ranks.first_does(lambda: checkpoint.newest(self.checkpoints, self._note))
+        if found is None:
             return 0
-        state = checkpoint.load(path)
+        path, state = found
         checkpoint.same_recipe(state["recipe"], asdict(self.recipe), self.folder)
         checkpoint.load_target(self.target, state, path, self.parts.dataset.classes)
         if self.average is not None:
@@ -382,7 +447,7 @@ class Trainer:
         for optimiser, its in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(its)
         self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.stepper.scaler.load_state_dict(state["scaler"])
         if state["dataset"] != self.parts.dataset.identity():
             raise ValueError(f"data: {self.parts.dataset.source} has changed since the run in {self.folder} began")
         self.loader.load_state_dict(state["loader"])
@@ -390,51 +455,21 @@ class Trainer:
         self.loader.bad |= state["bad_samples"]
         place = state["position"]
         self.epoch, self.number, self.step, self.finished = (place[k] for k in ("epoch", "pass", "step", "finished"))
-        self.best, self.counts = state["best"], state["counts"]
+        self.best, self.counts, self.saved = state["best"], state["counts"], self.step
         self.sums = {name: value.to(self.parts.device) for name, value in state["sums"].items()}
+        self.guard.left_out = state["left_out"]
         times = state["times"]
         self.clock.seconds, self.speeds, self.train_seconds = times["clock"], times["speeds"], times["train"]
-        torch.set_rng_state(state["random"])
         self._note(f"going on from {path}: epoch {self.epoch}, step {self.step}")
+        its, run = self.ranks, self.recipe.run
+        if state["processes"] != its.count and run.accumulate == 1 and not run.sync_batch_norm:
+            self._note(
+                f"{its.count} processes instead of {state['processes']}: the batches stay the same, but batch norm sees other "
+                "parts of them; run.accumulate (parts over all processes) or run.sync_batch_norm would keep that, too"
+            )
         return state["log_bytes"]
 
 
-def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimiser.param_groups for p in group["params"]]
-
-
-def evaluate(parts: Parts, target: torch.nn.Module, split: str) -> dict[str, float]:
-    """The task's figures on a split, under the run's precision."""
-    return _figures(parts, *_answers(parts, target, split))
-
-
-def evaluate_in_detail(parts: Parts, target: torch.nn.Module, split: str) -> tuple[dict[str, float], dict[str, Any]]:
-    """What :func:`evaluate` gives, and what a report shows besides: the task's ``details``, condensed."""
-    logits_NK, targets_N, index_N = _answers(parts, target, split)
-    figures = _figures(parts, logits_NK, targets_N, index_N)
-    if parts.recipe.data.frames:
-        logits_NK, targets_N = parts.task.by_video(logits_NK, targets_N, index_N)
-    return figures, condensed(parts.task.details(logits_NK, targets_N))
-
-
-def _figures(parts: Parts, logits_NK: Tensor, targets_N: Tensor, index_N: Tensor) -> dict[str, float]:
-    if parts.recipe.data.frames:
-        return parts.task.evaluate_videos(logits_NK, targets_N, index_N)
-    return parts.task.evaluate(logits_NK, targets_N)
-
-
-@torch.no_grad()
-def _answers(parts: Parts, target: torch.nn.Module, split: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, K], targets and indices of a split's samples, of clips one each."""
-    target.eval()
-    mean, std = (torch.tensor(v, device=parts.device) for v in (parts.recipe.data.mean, parts.recipe.data.std))
-    logits, targets, index = [], [], []
-    with interrupts.held(), closing(parts.loaders[split]) as loader:
-        loader.set_epoch(0)
-        for batch in loader:
-            with torch.autocast(parts.device.type, parts.dtype, enabled=parts.dtype != torch.float32):
-                logits.append(target(network_input(batch.pixels, mean, std)).logits_BK.float())
-            targets.append(batch.targets)
-            index.append(batch.index)
-            interrupts.check()
-    return torch.cat(logits), torch.cat(targets), torch.cat(index)
+def _used(folder: Path) -> int:
+    """Bytes of the checkpoints that are there already."""
+    return sum(path.stat().st_size for path in folder.glob("*.pt"))

@@ -5,6 +5,8 @@ batches of uint8, pinned where a GPU waits for them.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from functools import partial
 
@@ -88,9 +90,21 @@ class _Walk:
 
 
 def _leave_with(parent: int, worker: int) -> None:
-    """PyTorch's workers end when their parent has died, but wait forever if it died before they looked first."""
+    """PyTorch's workers end when their parent has died, but wait forever if it died before they looked first.
+
+    A scheduler that asks a job to end may send SIGTERM to all of its processes: a worker obeys only its parent, which still
+    needs batches for the step it is at.
+    """
     if os.getppid() != parent:
         os._exit(1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey, args=(parent,), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _as_is(item):

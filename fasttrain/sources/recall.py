@@ -192,7 +192,7 @@ class RecalledSources:
         Raises:
             OSError: the disk is full.
         """
-        plain = replace(spec, shuffle=False, balance=False, growth=None, drop_last=False, batch=FILL_BATCH)
+        plain = replace(spec, shuffle=False, balance=False, growth=None, drop_last=False, batch=FILL_BATCH, parts=0)
         if spec.clip is not None:
             plain = replace(plain, clip=replace(spec.clip, only_centre=True))
         total, done = self.views * len(self.index_N), 0

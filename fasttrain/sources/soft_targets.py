@@ -22,8 +22,8 @@ class SoftTargets:
     class_counts: tuple[int, ...]
     names: tuple[str, ...]
 
-    def split(self, size: int) -> list["SoftTargets"]:
-        """Those of every ``size`` samples."""
+    def split(self, size: int | list[int]) -> list["SoftTargets"]:
+        """Those of every ``size`` samples, or of so many each."""
         whole = self.target_BC
         if isinstance(whole, TopK):
             pairs = zip(whole.value_BK.split(size), whole.index_BK.split(size), strict=True)

@@ -1,0 +1,88 @@
+"""A gradient that is not finite does not reach the weights: the step is left out, and the run stops or goes on as asked."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BEHIND = 4  # steps by which a GPU may be behind the host before its flag is waited for
+
+
+@dataclass(frozen=True)
+class Where:
+    """A step: its number, its epoch, and the number of its batch in there, all from 0."""
+
+    step: int
+    epoch: int
+    batch: int
+
+
+class FiniteGuard:
+    """Looks at the norm of each step's gradient.
+
+    On a GPU the host does not wait for the answer: the optimiser's kernel leaves the step out by itself, and the host hears of
+    it a few steps later.
+
+    Args:
+        device: of the gradients.
+        allowed: steps to leave out, in the whole run.
+        tell: called for each step that was left out and is allowed, with its place and how many there have been.
+        stop: makes what is raised for one too many.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        allowed: int,
+        tell: Callable[[Where, int], None],
+        stop: Callable[[Where], Exception],
+    ) -> None:
+        self._cuda = device.type == "cuda"
+        self._allowed, self._tell, self._stop = allowed, tell, stop
+        self.left_out = 0
+        self._waiting: deque[tuple[Where, Tensor, Any]] = deque()
+
+    def step(self, optimiser: torch.optim.Optimizer, measure: Tensor, where: Where) -> bool:
+        """Takes the optimiser's step if ``measure``, a scalar, is finite; whether it was taken, as far as the host knows.
+
+        Raises:
+            Exception: what ``stop`` makes.
+        """
+        if not self._cuda:
+            if bool(torch.isfinite(measure)):
+                optimiser.step()
+                return True
+            self._found(where)
+            return False
+        bad = (~torch.isfinite(measure)).float()
+        if hasattr(optimiser, "_step_supports_amp_scaling"):
+            optimiser.grad_scale, optimiser.found_inf = None, bad  # type: ignore[attr-defined]
+            optimiser.step()
+            del optimiser.grad_scale, optimiser.found_inf  # type: ignore[attr-defined]
+        elif not bool(bad):
+            optimiser.step()
+        flag = torch.empty((), pin_memory=True)
+        flag.copy_(bad, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._waiting.append((where, flag, event))
+        self.settle(_BEHIND)
+        return True
+
+    def settle(self, behind: int = 0) -> None:
+        """Hears of all steps but the last ``behind``."""
+        while len(self._waiting) > behind:
+            where, flag, event = self._waiting.popleft()
+            event.synchronize()
+            if flag:
+                self._found(where)
+
+    def _found(self, where: Where) -> None:
+        self.left_out += 1
+        if self.left_out > self._allowed:
+            raise self._stop(where)
+        self._tell(where, self.left_out)

@@ -1,0 +1,197 @@
+"""One step: a batch's losses, their gradients, and what the optimiser makes of them. Several processes add theirs up."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .build import Parts
+from .cosine import gradient_cosines
+from .guard import FiniteGuard, Where
+from .kernels import network_input
+from .loaders import Batch
+from .loaders.order import part_sizes
+from .log import Clock
+from .optim import Schedule, build_average, build_optimiser
+from .ranks import Ranks
+from .reduce import GradientSum, RunningStatistics
+from .sources import SoftTargets
+from .stragglers import WAITS
+
+
+class Stepper:
+    """Takes the steps of a run.
+
+    Args:
+        parts: of the run.
+        ranks: its processes.
+        schedule: of the learning rate.
+        guard: looks at the gradients.
+        clock: takes note of where the time goes.
+
+    Attributes:
+        optimisers: one for each pass over an epoch's images.
+        average: the moving average of the target's weights, or None.
+        mean, std: of the target's input, on the device.
+    """
+
+    def __init__(self, parts: Parts, ranks: Ranks, schedule: Schedule, guard: FiniteGuard, clock: Clock) -> None:
+        recipe = parts.recipe
+        self.parts, self.recipe, self.ranks, self.schedule, self.guard = parts, recipe, ranks, schedule, guard
+        self.clock = clock
+        self.target, self.method, self.spec = parts.target, parts.method, parts.train_spec
+        self.optimisers = [
+            build_optimiser(self.method.optim(number), *self.method.trained(self.target, number))
+            for number in range(len(self.method.passes))
+        ]
+        self.average = build_average(recipe.optim, self.target)
+        self.scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.dtype == torch.float16)
+        self.mean, self.std = (torch.tensor(v, device=parts.device) for v in (recipe.data.mean, recipe.data.std))
+        self.losses = self._losses
+        if parts.compile != "off":
+            torch._dynamo.config.recompile_limit = 32  # sizes that grow, and an epoch's last batch
+            mode = "reduce-overhead" if parts.compile == "graphs" else None
+            self.losses = torch.compile(self._losses, mode=mode, dynamic=False)
+        self._gradients = [GradientSum(_parameters(o), ranks) for o in self.optimisers] if ranks.several else []
+        self._statistics = RunningStatistics((self.target, self.method.companions), ranks, parts.device)
+
+    def take(
+        self, batch: Batch, soft: SoftTargets | None, *, number: int, place: int, where: Where
+    ) -> tuple[dict[str, Tensor], bool]:
+        """One step.
+
+        Args:
+            batch: this process's share, which may be empty.
+            soft: what the sources say of it.
+            number: of the pass over the epoch's images.
+            place: in the schedule.
+            where: in the run.
+
+        Returns:
+            The losses of the whole batch, on the device (a process without a share has none); and False if the gradient was
+            not finite, so that the step was left out.
+        """
+        whole, sizes = batch.whole or len(batch), batch.parts or ((len(batch),) if len(batch) else ())
+        factor = self.schedule.rise(place) * self.schedule.factor(place)
+        losses = self._cosines(batch, soft, whole) if not number and self._measures(place) and sizes else {}
+        gradients = self._gradients[number] if self._gradients else None
+        divided = gradients is not None or len(sizes) > 1 or self.recipe.run.skip_nonfinite > 0
+        if divided:
+            self._statistics.begin()
+        for part, (pixels, targets, its_soft) in enumerate(_parts_of(batch, soft, sizes)):
+            if self.parts.compile == "graphs":
+                torch.compiler.cudagraph_mark_step_begin()
+            self._seed(where.step, part)
+            share = len(targets) / whole
+            found = (
+                self._other_losses(number, pixels, targets, self.recipe.optim.lr * factor)
+                if number
+                else self.losses(pixels, targets, its_soft)
+            )
+            loss = self.scaler.scale(found["loss"] if share == 1 else found["loss"] * share)
+            if gradients is not None and part + 1 == len(sizes):
+                gradients.begin()
+            loss.backward(inputs=_parameters(self.optimisers[number]) if number else None)
+            if divided:
+                self._statistics.after_part()
+            for name, value in found.items():
+                losses[name] = losses.get(name, 0) + value.detach() * share
+        self.clock.mark("target")
+        if divided:
+            losses = self._together(gradients, whole, sizes, losses)
+        taken = self._optimise(number, factor, where)
+        if gradients is not None:
+            gradients.clear()
+        else:
+            self.optimisers[number].zero_grad(set_to_none=True)
+        self.clock.mark("optimiser")
+        return losses, taken
+
+    def close(self) -> None:
+        """Lets go of the networks."""
+        for gradients in self._gradients:
+            gradients.close()
+
+    def _together(
+        self, gradients: GradientSum | None, whole: int, sizes: tuple[int, ...], losses: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Adds up what the parts, and the processes, have found."""
+        if gradients is not None:
+            self.ranks.doing(WAITS)
+            if not sizes:
+                gradients.begin()
+            gradients.finish()
+        every = part_sizes(whole, self.spec.parts or self.spec.ranks, self.spec.unit)
+        losses = self._statistics.finish(sum(size > 0 for size in every), losses)
+        if gradients is not None:
+            self.ranks.doing("computes")
+            self.clock.mark("processes")
+        return losses
+
+    def _optimise(self, number: int, factor: float, where: Where) -> bool:
+        """The optimiser's step; False where the gradient is not finite, and the step is left out."""
+        optimiser, spec, clip = self.optimisers[number], self.method.optim(number), self.recipe.optim.clip_norm
+        for group in optimiser.param_groups:
+            group["lr"] = spec.lr * factor * group.get("factor", 1.0)
+        parameters, taken = _parameters(optimiser), True
+        if self.scaler.is_enabled():  # leaves out such steps by itself, and makes its scale smaller
+            if clip:
+                self.scaler.unscale_(optimiser)
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+            self.scaler.step(optimiser)
+            self.scaler.update()
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+            taken = self.guard.step(optimiser, norm, where)
+            if self.recipe.run.skip_nonfinite:
+                self._statistics.keep_if_finite(norm)
+        if taken and self.average is not None and not number:
+            self.average.update_parameters(self.target)
+        return taken
+
+    def _losses(self, pixels: Tensor, targets_B: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:
+        """The forward pass, from bytes to the method's losses: what is compiled."""
+        return self.method.step(self.target, network_input(pixels, self.mean, self.std), targets_B, soft)
+
+    def _other_losses(self, number: int, pixels: Tensor, targets_B: Tensor, lr: float) -> dict[str, Tensor]:
+        """Those of an epoch's later passes. They are not compiled: a compiler does not differentiate a gradient."""
+        x = network_input(pixels, self.mean, self.std)
+        return self.method.other_step(number, self.target, x, targets_B, lr)
+
+    def _measures(self, place: int) -> bool:
+        every = self.recipe.run.cosine_every
+        return every > 0 and place % every == 0
+
+    def _cosines(self, batch: Batch, soft: SoftTargets | None, whole: int) -> dict[str, Tensor]:
+        """This process's share of the mean over the batch."""
+        x = network_input(batch.pixels, self.mean, self.std)
+        found = gradient_cosines(self.method, self.target, x, batch.targets, soft)
+        return {f"cosine/{name}": value * (len(batch) / whole) for name, value in found.items()}
+
+    def _seed(self, step: int, part: int) -> None:
+        """Random numbers, such as dropout's, are a function of (seed, step, part of the batch)."""
+        spec = self.spec
+        number = spec.rank * ((spec.parts or spec.ranks) // spec.ranks) + part
+        text = f"{self.recipe.run.seed} {step} {number}"
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+        torch.default_generator.manual_seed(seed)
+        if self.parts.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+
+def _parts_of(
+    batch: Batch, soft: SoftTargets | None, sizes: tuple[int, ...]
+) -> Iterator[tuple[Tensor, Tensor, SoftTargets | None]]:
+    """A batch in parts of these sizes."""
+    if len(sizes) == 1:
+        yield batch.pixels, batch.targets, soft
+    elif sizes:
+        softs = [None] * len(sizes) if soft is None else soft.split(list(sizes))
+        yield from zip(batch.pixels.split(list(sizes)), batch.targets.split(list(sizes)), softs, strict=True)
+
+
+def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimiser.param_groups for p in group["params"]]
