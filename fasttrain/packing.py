@@ -31,10 +31,16 @@ shorter side of 112 pixels. Memory: each thread keeps the JPEGs of two videos.
 import argparse
 import json
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .files import in_words
 from .loaders import DATASETS, Dataset, open_dataset
+from .loaders.datasets.base import Encoded
 from .loaders.growing import Progress
 from .loaders.pack import check, pack
 from .loaders.pack_video import pack_videos
@@ -72,6 +78,7 @@ def main(given: list[str]) -> int:
         dataset = open_dataset(asked.dataset, asked.root, split=asked.split)
     except ValueError as error:
         raise ValueError(re.sub(r"\bdata\.(root|split)\b", r"--\1", str(error))) from None
+    _insist_on_room(dataset, Path(asked.out), asked)
     about = _with_progress(dataset, Path(asked.out), asked)
     print(json.dumps(about) if asked.json else _sentence(about, asked.out))
     return 0
@@ -91,6 +98,37 @@ def _given(dataset: Dataset, asked: argparse.Namespace) -> dict[str, Any]:
         option = f"--{name.replace('_', '-')}"
         raise ValueError(f"{option} is for {kind}, and {dataset.name} holds {holds}, for which there is {instead}")
     return {k: v for k, v in right.items() if v is not None}
+
+
+def _insist_on_room(dataset: Dataset, out: Path, asked: argparse.Namespace) -> None:
+    """Refuses to begin to keep pixels where the disk cannot hold them; whether files' own bytes fit, ``pack`` knows.
+
+    Raises:
+        ValueError: with both figures.
+    """
+    begun = out.exists() or out.with_name(f"{out.name}.partial").exists()
+    if begun or dataset.video or not (asked.raw or not isinstance(dataset.read, Encoded)):
+        return
+    need = _pixel_bytes(dataset, asked.max_size or 0, asked.square or 0)
+    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise ValueError(
+            f"--out: {place} has {in_words(free)} free, and the pixels of {dataset.name} take about {in_words(need)}; "
+            "--square and --max-size make them smaller"
+        )
+
+
+def _pixel_bytes(dataset: Dataset, max_size: int, square: int) -> int:
+    """Bytes of all images as pixels, from the sizes of some of them; 0 if none can be read."""
+    sizes = []
+    for index in np.linspace(0, len(dataset) - 1, min(len(dataset), 64)).astype(int).tolist():
+        with suppress(ValueError):  # packing will leave it out
+            read = dataset.read
+            height, width = read.size(index) if isinstance(read, Encoded) else read(index).shape[:2]
+            factor = min(1.0, max_size / max(height, width)) if max_size else 1.0
+            sizes.append(3 * (square**2 if square else round(height * factor) * round(width * factor)))
+    return len(dataset) * sum(sizes) // max(len(sizes), 1)
 
 
 def _with_progress(dataset: Dataset, out: Path, asked: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """``fasttrain pack``, the real command line: what it says, what users do wrong, and a kill in the middle."""
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +142,32 @@ def test_mistakes_are_one_sentence(mistake, data, monkeypatch, capsys):
     assert said.out == "" and lines[-1].startswith("fasttrain: error: ") and says in lines[-1]
     assert "data.root" not in said.err and "Traceback" not in said.err
     assert sorted(p.name for p in data.parent.iterdir()) == ["data"]
+
+
+ROOM = {
+    "pixels": (
+        ["--raw"],
+        20 * 3 * 48 * 64,
+        "--out: .* has 180.0 KiB free, and the pixels of folder take about 180.0 KiB; --square",
+    ),
+    "squares": (["--raw", "--square", "16"], 20 * 3 * 16**2, "the pixels of folder take about"),
+    "smaller pixels": (["--raw", "--max-size", "32"], 20 * 3 * 24 * 32, "the pixels of folder take about"),
+}
+
+
+@pytest.mark.parametrize("case", ROOM)
+def test_pixels_that_the_disk_cannot_hold_are_not_begun(case, tmp_path, monkeypatch, capsys):
+    options, need, says = ROOM[case]
+    for i in range(20):
+        path = tmp_path / "data" / "ab"[i % 2] / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(photo(48, 64)))
+    command = ["pack", "folder", "--root", str(tmp_path / "data"), "--out", str(tmp_path / "new/x.beton"), *options]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, need - 1))
+    assert main(command) == 2
+    assert re.search(says, capsys.readouterr().err) and not (tmp_path / "new").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, need))
+    assert main(command) == 0
 
 
 def test_a_mistake_ends_the_process_with_2(fasttrain, tmp_path):
