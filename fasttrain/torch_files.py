@@ -214,7 +214,7 @@ class _Unpickler(pickle._Unpickler):
         if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
             raise ValueError("it has a tensor without a storage")
         shape, stride = tuple(shape), tuple(stride)
-        if len(shape) != len(stride) or not all(_is_count(n) for n in (offset, *shape, *stride)):
+        if len(shape) != len(stride) or len(shape) > 64 or not all(_is_count(n) for n in (offset, *shape, *stride)):
             raise ValueError("it has a tensor without a shape")
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else -1
         there = storage.numel * storage.dtype.itemsize
@@ -351,6 +351,8 @@ _UNFINISHED = object()
 
 def _read_zip(file: BinaryIO, size: int) -> tuple[Any, dict[Any, Tensor]]:
     members = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
+    if any(name == "constants.pkl" or name.endswith("/constants.pkl") for name in members):
+        raise _Wanted("a TorchScript program")
     if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members.values()):
         raise ValueError("it is compressed, and torch.save compresses nothing")
     if sum(m.file_size for m in members.values()) > size:
@@ -359,8 +361,6 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[Any, dict[Any, Tensor]]:
     if len(found) != 1:
         raise ValueError("it is a zip file without data.pkl: not one that torch.save made")
     folder = found[0].removesuffix("data.pkl")
-    if f"{folder}constants.pkl" in members:
-        raise _Wanted("a TorchScript program")
     if members[found[0]].file_size > _PLAIN_BYTES:
         raise ValueError(f"its plain values take more than {_PLAIN_BYTES >> 20} MiB")
     order = members.get(f"{folder}byteorder")
