@@ -17,6 +17,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 _WITHOUT_SOURCES = ("scratch", "dml", "maxl")  # methods that no source teaches
 __all__ = ["Data", "Method", "Optim", "Pretext", "Recipe", "Run", "Source", "Target", "Transfer"]
+_MAX_YAML, _MAX_NODES, _MAX_DEPTH = 1 << 18, 20_000, 30  # bytes, values and levels; packaged recipes: 3 KB, 400, 5
 _PACKAGED = resources.files("fasttrain") / "recipes"
 
 
@@ -91,14 +92,53 @@ def load(name: str | None = None, overrides: list[str] | tuple[str, ...] = (), p
     content: dict[str, Any] = {}
     if name is not None:
         path = recipe_path(name)
-        try:
-            content = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path) or {}
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds no fields")
         content.setdefault("name", path.stem)
     return from_dict(content, overrides, prog)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds: plain values only. What it says is weighed before it is made, aliases at their full length.
+
+    Raises:
+        ValueError: it cannot be read, is no YAML, too large, or nested too deeply.
+    """
+    try:
+        if path.stat().st_size > _MAX_YAML:
+            raise ValueError(f"it has {path.stat().st_size} bytes, and a recipe has at most {_MAX_YAML}")
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if _nodes(node, {}, 0) > _MAX_NODES:
+                raise ValueError(f"with its aliases it has more than {_MAX_NODES} values")
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())[:400]}") from None
+    except RecursionError:
+        raise ValueError(f"cannot read {path}: it is nested too deeply") from None
+    except (OSError, ValueError, TypeError, OverflowError) as error:  # dates and numbers that there are not
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:400]
+        raise ValueError(f"cannot read {path}: {reason}") from None
+
+
+def _nodes(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """How many values a node has with all below it, every alias counted where it stands."""
+    if id(node) not in known:
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it is nested more than {_MAX_DEPTH} times, or in itself")
+        below: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            below = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            below = node.value
+        known[id(node)] = 1 + sum(_nodes(part, known, depth + 1) for part in below)
+    return known[id(node)]
 
 
 def row(recipe: Recipe, changes: dict[str, Any]) -> Recipe:

@@ -15,12 +15,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .jpeg import Header, read_header
 
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_SOI, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
-PIXELS_A_BYTE = (
-    512  # pixels of a JPEG: a block of 64 takes a bit or more (T.81, annex F; G, of the progressive kind's DC)
-)
-_DEFLATED = 1032  # bytes that a byte of deflate can become
-MOST_PIXELS = 2 * int(Image.MAX_IMAGE_PIXELS or 0)  # as Pillow has it: 179 million
+_SOI = b"\xff\xd8"
+PIXELS_A_BYTE = 512  # of a JPEG: a block of 64 takes a bit or more (T.81, annexes F and G)
+# deflate makes 1032 bytes of one, and a pixel takes a bit; LZW's codes of 12 bits stand for 1 to 4096 pixels
+_A_BYTE = {"PNG": 8 * 1032, "GIF": 1366, "JPEG": PIXELS_A_BYTE}
+MOST_PIXELS = 2 * (1 << 30) // 4 // 3  # where Pillow, too, refuses an image
 
 
 def decode(content: np.ndarray | bytes, name: str) -> np.ndarray:
@@ -40,9 +39,7 @@ def decode(content: np.ndarray | bytes, name: str) -> np.ndarray:
             if image_HWC is not None:
                 return image_HWC
         with Image.open(io.BytesIO(whole)) as file:
-            if whole[:8] == _PNG:
-                bits = {"1": 1, "L": 1, "P": 1}.get(file.mode, 8)  # a pixel, or more
-                _check_size(file.height, file.width, 8 * _DEFLATED * len(whole) // bits)
+            _check_size(file.height, file.width, _A_BYTE.get(file.format or "", MOST_PIXELS) * len(whole))
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from .beton import BetonWriter, new_images, page_for, read_beton
+from .beton import JPEG, RAW, BetonWriter, new_images, page_for, read_beton
 from .datasets import Dataset
 from .datasets.base import Encoded
 from .datasets.beton import classes_sha256, compress, read_side_file, side_file
@@ -229,8 +229,7 @@ class Growing:
                 f"{what} changed since the packing into {self.partial} began: delete that file to begin anew"
             )
         record_N = self._read_log()
-        last = record_N["follow"] == 0
-        if (record_N["index"] != np.cumsum(last) - last).any():
+        if not self._sound(record_N):
             return nothing
         written = record_N[record_N["mode"] != LEFT_OUT]
         at = int((written["ptr"] + written["size"]).max(initial=0))
@@ -242,6 +241,18 @@ class Growing:
         os.truncate(self._log, len(first) + record_N.nbytes)
         os.truncate(self._bad_file, sum(map(len, lines)))
         return record_N, at
+
+    def _sound(self, record_N: np.ndarray) -> bool:
+        """Whether records of a log can be those of a packing of this data set."""
+        last, size = record_N["follow"] == 0, self.partial.stat().st_size
+        if len(record_N) > 0 and record_N["index"][-1] >= len(self.dataset):
+            return False
+        written = record_N[record_N["mode"] != LEFT_OUT]
+        inside = (written["ptr"] <= size) & (written["size"] <= size) & (written["before"] <= written["ptr"])
+        kind = (written["mode"] == JPEG) | (written["mode"] == RAW)
+        label = True if self._vector else written["label"] == self.dataset.targets_N[written["index"].clip(min=0)]
+        known = inside & kind & (written["width"] > 0) & (written["height"] > 0) & label
+        return bool((record_N["index"] == np.cumsum(last) - last).all() and known.all())
 
 
 @contextmanager

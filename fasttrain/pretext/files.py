@@ -1,13 +1,15 @@
 """Centroids and pseudo-labels on disk: where they are kept, what they depend on, and how they are read."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -40,10 +42,24 @@ class Centroids:
 
 
 def read_centroids(path: Path) -> Centroids:
-    """Centroids from their file."""
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-        return Centroids(file.get_tensor("centroids"), float(about["mean_distance2"]), int(about["images"]))
+    """Centroids from their file.
+
+    Raises:
+        ValueError: it cannot be read, or is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            centroids = Centroids(file.get_tensor("centroids"), float(about["mean_distance2"]), int(about["images"]))
+        centroid_KD = centroids.centroid_KD
+        if centroid_KD.dtype != torch.float32 or centroid_KD.ndim != 2 or not centroid_KD.isfinite().all():
+            raise ValueError(f"its centroids are {centroid_KD.dtype} of shape {list(centroid_KD.shape)}, or not finite")
+        if not (math.isfinite(centroids.mean_distance2) and centroids.mean_distance2 >= 0 and centroids.images > 0):
+            raise ValueError(f"it was made of {centroids.images} images at a distance of {centroids.mean_distance2}")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot read the centroids {path}: {why}; remove it, and it is made anew") from error
+    return centroids
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,10 @@ class Nearest:
     def kept(self) -> str:
         """In words."""
         return "the nearest centroid"
+
+    def holds(self, record: np.void) -> bool:
+        """Whether the record names a centroid that there is."""
+        return 0 <= record["label"][0] < self.classes
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,10 @@ class Form:
         """In words."""
         return f"top {self.top}" if self.top else f"{self.dtype} logits"
 
+    def holds(self, record: np.void) -> bool:
+        """Whether the record names no class that there is not."""
+        return not self.top or bool((record["index"] >= 0).all() and (record["index"] < self.classes).all())
+
     def records(self, logits_BC: Tensor) -> np.ndarray:
         """Logits [B, C] of any float type and device -> what is kept of them: structured [B]."""
         out_B = np.empty(len(logits_BC), dtype=self.fields)
@@ -96,6 +100,10 @@ class Record(Protocol):
     @property
     def kept(self) -> str:
         """In words."""
+        ...
+
+    def holds(self, record: np.void) -> bool:
+        """Whether a record can be one: its checksum only says that it is as it was written."""
         ...
 
 
@@ -150,7 +158,9 @@ class SoftLabelFile(Generic[R]):
         good_B = self._good_KN[view_B, index_B]
         for b in np.flatnonzero(~good_B & (self._seal_KN[view_B, index_B] != 0)):
             view, index = int(view_B[b]), int(index_B[b])
-            good_B[b] = self._seal_KN[view, index] == _seal(view, index, self._record_KN[view, index].tobytes())
+            record = self._record_KN[view, index]
+            right = self._seal_KN[view, index] == _seal(view, index, record.tobytes())
+            good_B[b] = right and self.form.holds(record)
         self._good_KN[view_B, index_B] = good_B
         return good_B
 
@@ -243,9 +253,15 @@ def read_about(path: Path) -> dict[str, Any]:
     start = len(_MAGIC) + 8
     length, checksum = (int.from_bytes(content[start - 8 + i : start - 4 + i], "little") for i in (0, 4))
     header = content[start : start + length]
+    damaged = f"{path} is no file of soft labels, or is damaged; remove it, and they are computed anew"
     if not content.startswith(_MAGIC) or len(header) != length or zlib.crc32(header) != checksum:
-        raise CacheError(f"{path} is no file of soft labels, or is damaged; remove it, and they are computed anew")
-    return json.loads(header)
+        raise CacheError(damaged)
+    try:
+        about = json.loads(header)
+        dict(_flat(about))
+    except (ValueError, RecursionError, AttributeError):  # a checksum does not say who wrote it
+        raise CacheError(damaged) from None
+    return about
 
 
 def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:

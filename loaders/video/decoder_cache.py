@@ -18,6 +18,9 @@ from .scan import Scan, scan
 
 _VERSION = "fasttrain videos 1"  # of the file's form and of what a scan finds
 _NUMBERS = ("pts", "starts")
+_NOT_WRITTEN_HERE = (ValueError, TypeError, AttributeError)  # by what is no cache, or a damaged one
+_MAX_SIDE = 1 << 16  # pixels
+_MAX_CACHE = 1 << 28  # bytes, unpacked; half a million videos have 60 MB
 Key = tuple[str, int, int]  # absolute path, bytes, mtime_ns
 
 
@@ -63,13 +66,17 @@ def _cache_file(paths: Sequence[Path]) -> Path:
 def _load(place: Path) -> dict[Key, Scan]:
     """What a cache file holds; nothing where there is none, or none that can be read."""
     try:
-        version, *rows = json.loads(gzip.decompress(place.read_bytes()))
+        with gzip.open(place) as file:
+            content = file.read(_MAX_CACHE + 1)
+        if len(content) > _MAX_CACHE:
+            raise ValueError(f"it has more than {_MAX_CACHE} bytes")
+        version, *rows = json.loads(content)
         if version != _VERSION:
             return {}
         return {(str(path), int(size), int(time)): _unpack(row) for path, size, time, row in rows}
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, ArithmeticError, LookupError, RecursionError, *_NOT_WRITTEN_HERE) as error:
         warnings.warn(f"the videos are looked through again: cannot read {place}: {error}", stacklevel=4)
         return {}
 
@@ -108,6 +115,17 @@ def _unpack(row: dict) -> Scan:
     found = Scan(**row)
     if not all(type(value) is type(default) for value, default in zip(_plain(found), _plain(Scan()), strict=True)):
         raise ValueError("it holds something else")
+    pts, starts = found.pts, found.starts
+    sides = (0 < found.height <= _MAX_SIDE and 0 < found.width <= _MAX_SIDE) or not found.frames
+    if found.frames < 0 or not sides or not 0 <= found.turn < 8:
+        raise ValueError("it says what no video can be")
+    rising = (
+        starts.step > 0 if isinstance(starts, range) else np.ndim(starts) == 1 and bool((np.diff(starts) > 0).all())
+    )
+    if not rising or not len(starts) or starts[0] != 0 or (found.frames and starts[-1] >= found.frames):
+        raise ValueError("it says where decoding begins, and that cannot be")
+    if pts is not None and (len(pts) != found.frames or not (isinstance(pts, range) or np.ndim(pts) == 1)):
+        raise ValueError(f"it has times of {len(pts)} frames, and there are {found.frames}")
     return found
 
 

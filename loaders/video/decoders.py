@@ -27,7 +27,7 @@ import av
 import numpy as np
 
 from ..parts import missing_part
-from .scan import Scan, opened, reason, upright, video_stream
+from .scan import Scan, open_container, opened, reason, upright, video_stream
 
 LARGEST_MEAN = 2.0
 _DALI = {"vp8", "vp9", "mjpeg"}
@@ -71,7 +71,7 @@ class PyavReader(Reader):
         self._path, self._scan = path, scan
         self._container: Any = None
         if scan.pts is not None:
-            self._container = av.open(str(path), metadata_errors="ignore")
+            self._container = open_container(path)
             self._stream = video_stream(self._container)
 
     def frames(self, frame_T: np.ndarray) -> np.ndarray:

@@ -18,6 +18,12 @@ import numpy as np
 
 MP4, MATROSKA, AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"
 _SEEKABLE = (MP4, MATROSKA, AVI)  # whose packets' times were found to be right, and to be found again by seeking
+# FFmpeg's names of formats that are one file with all that is in it
+_FORMATS = (
+    *(MP4, MATROSKA, AVI, "asf", "asf_o", "av1", "dirac", "dv", "flv", "gif", "h261", "h263", "h264", "hevc", "ivf"),
+    *("live_flv", "m4v", "mjpeg", "mjpeg_2000", "mpeg", "mpegts", "mpegvideo", "mxf", "nut", "obu", "ogg", "rm", "swf"),
+    *("vc1", "vc1test", "vvc", "wtv", "yuv4mpegpipe"),
+)
 _ONE_FRAME_A_PACKET = ("h264", "hevc", "mpeg4", "vp9", "av1", "mjpeg")
 _AVI_B = "B-frames in AVI"  # whose times of presentation are guessed, and several of which may share a packet
 _VOP, _B_VOP = b"\0\0\1\xb6", 2  # MPEG-4 Visual (ISO/IEC 14496-2, 6.3.5): start code of a picture, coding type
@@ -96,8 +102,14 @@ def opened(path: Path):
         ValueError: there is no video in it.
         av.FFmpegError, OSError: it cannot be opened.
     """
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with open_container(path) as container:
         yield container, video_stream(container)
+
+
+def open_container(path: Path) -> Any:
+    """A video file, opened: a file, and none that is a list of others (playlists and the like), whatever its name says."""
+    options = {"protocol_whitelist": "file", "format_whitelist": ",".join(_FORMATS)}
+    return av.open(f"file:{path}", options=options, metadata_errors="ignore")
 
 
 def video_stream(container: Any) -> Any:

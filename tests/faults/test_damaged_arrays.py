@@ -1,13 +1,8 @@
 """Damaged data sets of few files: CIFAR's pickles, STL-10's arrays, Fashion-MNIST's idx files, packed or not."""
 
 import gzip
-import pickle
-import struct
 
-import numpy as np
 import pytest
-from fasttrain.loaders import open_dataset
-from fasttrain.loaders.datasets.cifar import _ArraysOnly
 
 from .damaged import DamagedFiles, faults, told
 from .sets import opened, tiny
