@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 from torch import Tensor
 
-_PLAIN_BYTES = 8 << 20  # of names and plain values in a file, at most
+_READS = 2 << 20  # of an unpickler, two or three for a value: it is slow, and a value takes more memory than its bytes
 _VALUES = 4 << 20  # in a file at most, those counted again that are shared
 _SHARED = 4  # tensors may have so many times the file's bytes together, where they share theirs
 
@@ -121,27 +121,30 @@ class _Call:
 
 
 class _Reader:
-    """A file from which a pickle is read: no more at once than there is, and not without end."""
+    """A file from which pickles are read: no more at once than there is, and not without end.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._left = file, _PLAIN_BYTES
+    Args:
+        file: at its beginning.
+        size: of it.
+    """
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self.size, self._left, self._reads = file, size, size, 0
 
     def read(self, count: int) -> bytes:
-        self._spend(count)
-        got = self._file.read(count)
+        self._left -= count
+        self._reads += 1
+        if self._reads > _READS:
+            raise ValueError("it has more plain values than any checkpoint")
+        got = self._file.read(count) if self._left >= 0 else b""
         if len(got) < count:
             raise ValueError("it ends too early")
         return got
 
     def readline(self) -> bytes:
         line = self._file.readline(1024)
-        self._spend(len(line))
+        self._left -= len(line)
         return line
-
-    def _spend(self, count: int) -> None:
-        if count > self._left:
-            raise ValueError(f"its plain values take more than {_PLAIN_BYTES >> 20} MiB, or it is damaged")
-        self._left -= count
 
 
 class _Unpickler(pickle._Unpickler):
@@ -160,7 +163,7 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, file: _Reader) -> None:
         super().__init__(file, encoding="utf-8")
         self.storages: dict[Any, _Storage] = {}
-        self._built = 0  # values in what calls made anew: a short pickle could call them often
+        self._room = file.size  # for values in what calls make anew: a short pickle could call them often
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _STORAGES and (module == "torch" or (module, name) == ("torch.storage", "UntypedStorage")):
@@ -254,8 +257,8 @@ class _Unpickler(pickle._Unpickler):
         raise ValueError("it calls what cannot be called")
 
     def _anew(self, given: Any) -> Any:
-        self._built += len(given)
-        if self._built > _PLAIN_BYTES:
+        self._room -= len(given)
+        if self._room < 0:
             raise ValueError("its plain values take too much memory")
         return given
 
@@ -361,12 +364,11 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[Any, dict[Any, Tensor]]:
     if len(found) != 1:
         raise ValueError("it is a zip file without data.pkl: not one that torch.save made")
     folder = found[0].removesuffix("data.pkl")
-    if members[found[0]].file_size > _PLAIN_BYTES:
-        raise ValueError(f"its plain values take more than {_PLAIN_BYTES >> 20} MiB")
     order = members.get(f"{folder}byteorder")
     if order is not None and bytes(_bytes_of(file, order, size).numpy()) != b"little":
         raise ValueError("its byte order is another one")
-    unpickler = _Unpickler(_Reader(io.BytesIO(bytes(_bytes_of(file, members[found[0]], size).numpy()))))
+    code = bytes(_bytes_of(file, members[found[0]], size).numpy())
+    unpickler = _Unpickler(_Reader(io.BytesIO(code), len(code)))
     content = unpickler.load()
     buffers = {}
     for key, storage in unpickler.storages.items():
@@ -411,7 +413,7 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[Any, dict[Any, Tensor]]:
     if file.read(1) != pickle.PROTO:
         raise ValueError("torch.save did not make it")
     file.seek(0)
-    reader = _Reader(file)
+    reader = _Reader(file, size)
     unpicklers = [_Unpickler(reader) for _ in range(5)]
     if unpicklers[0].load() != _MAGIC or unpicklers[1].load() != _VERSION:
         raise ValueError("torch.save did not make it")

@@ -123,6 +123,7 @@ class CheckpointWriter:
             self._closed = True
             self._ask()
         self._thread.join()
+        self._buffers = _Buffers()
 
     def _ask(self) -> None:
         self._again = True

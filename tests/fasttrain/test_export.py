@@ -222,7 +222,7 @@ def test_a_file_that_says_something_else_is_not_left_behind(run, tmp_path, monke
         export(str(run), str(tmp_path / "out/net.safetensors"))
     state = torch.load(run / "checkpoints/selected.pt", weights_only=True)
     state["target"]["head.bias"][0] = torch.nan
-    torch.save(state, tmp_path / "nan.pt")
+    checkpoint.save(tmp_path / "nan.pt", state)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="differ by nan"):
         export(str(tmp_path / "nan.pt"), str(tmp_path / "out/net.safetensors"))
