@@ -103,11 +103,12 @@ class Target:
     width: float = 1.0
     """Factor of all channels of resnet3d*; a transfer module's width is 1000 times this, rounded to an even number."""
     weights: str | None = None
-    """What the backbone starts from (heads are always new): a file, package:MODULE, row:ROW (what that row of the recipe has
-    trained with the same seed), or the library's name for weights of this network, such as KINETICS400_V1; null: random. Files
-    of torchvision, timm and the 3D ResNets' authors and a run's checkpoints/selected.pt fit."""
+    """What the backbone starts from (heads are always new): a file, package:MODULE, a URL (https://, s3://, ..; with sha256),
+    row:ROW (what that row of the recipe has trained with the same seed), or the library's name for weights of this network, such
+    as KINETICS400_V1; null: random. Files of torchvision, timm and the 3D ResNets' authors and a run's checkpoints/selected.pt
+    fit. Nothing is downloaded without sha256: a library's weights are taken where they are on this machine already."""
     sha256: str = ""
-    """SHA-256 of the file of target.weights (or its first digits), to insist on."""
+    """SHA-256 of the file of target.weights (or its first digits; of a URL all 64), to insist on, and to allow its download."""
     frozen: int = 0
     """Sections of the backbone that are not trained, from the input on: 0 none, 1 the stem, 2 stem and first stage, .. Their
     batch norms keep their statistics."""
@@ -123,11 +124,13 @@ class Source:
     """Network: timm:NAME or torchvision:NAME, or NAME alone (timm's first, then torchvision's); fasttrain: one that a run
     has trained; or clusters: the clusters of its features (see pretext)."""
     weights: str = "default"
-    """Weights: a file, package:MODULE (an installed package that holds one), random, or what the library offers:
-    default or one of its names, such as IMAGENET1K_V1. Of models fasttrain and clusters: a run's folder or checkpoint, or
-    row:ROW, what that row of the recipe has trained with the same seed."""
+    """Weights: a file, package:MODULE (an installed package that holds one), a URL (https://, s3://, ..; with sha256), random,
+    or what the library offers: default or one of its names, such as IMAGENET1K_V1. Of models fasttrain and clusters: a run's
+    folder or checkpoint, or row:ROW, what that row of the recipe has trained with the same seed. Nothing is downloaded without
+    sha256: a library's weights are taken where they are on this machine already."""
     sha256: str = ""
-    """SHA-256 of the weights (or its first digits), to insist on; empty records it."""
+    """SHA-256 of the weights' file (or its first digits; of a URL all 64), to insist on, and to allow its download; of random
+    weights, that of the tensors. Empty records it."""
     classes: int = 1000
     """Its classes."""
     size: int = 224

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from .fetch import fetch_weights
+from .loaders.urls import is_url, sha256_of
+from .torch_files import HoldsCode, read_torch
 
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 
@@ -28,12 +31,18 @@ def is_library_name(spec: str) -> bool:
     return spec.isidentifier() and spec.upper() == spec
 
 
-def find_file(spec: str) -> Path:
-    """The weights file that ``package:MODULE`` or a path names.
+def find_file(spec: str, sha256: str = "") -> Path:
+    """The weights file that ``package:MODULE``, a path or a URL names.
+
+    Args:
+        spec: what names it.
+        sha256: of a URL's file, all of it; of others :func:`read_weights` looks at it.
 
     Raises:
-        ValueError: no such package or file, or a package with none or several weights files.
+        ValueError: no such package or file, a package with none or several weights files, or what fetching raises.
     """
+    if is_url(spec):
+        return fetch_weights(spec, sha256)
     if not spec.startswith("package:"):
         path = Path(spec).expanduser()
         if not path.is_file():
@@ -63,21 +72,16 @@ def read_weights(path: Path, sha256: str = "") -> Weights:
     Raises:
         ValueError: another SHA-256, a file with code in it, or one that holds no tensors.
     """
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256_of(path)
     if sha256 and not digest.startswith(sha256.lower()):
         raise ValueError(f"the weights {path} have the SHA-256 {digest}, not {sha256}: they are another file's")
     try:
-        content = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("Please file an issue")[0].partition("GLOBAL ")[2].partition(" by default")[0]
-        if reason:
-            raise ValueError(f"the weights {path} hold code ({reason.split()[0]}) and were not loaded") from None
-        raise ValueError(f"the weights {path} are no checkpoint that can be read safely") from None
-    except Exception as error:  # zipfile, safetensors and torch each have their own
+        content = load_file(path) if _is_safetensors(path) else read_torch(path, f"the weights {path}")
+    except HoldsCode as error:
+        raise ValueError(f"the weights {path} hold code ({error.name}) and were not loaded") from None
+    except ValueError:
+        raise
+    except Exception as error:  # safetensors has its own
         raise ValueError(f"cannot read the weights {path}: {' '.join(str(error).split())[:200]}") from None
     tensors = _state_dict(content)
     if not tensors:
@@ -134,6 +138,13 @@ def _hint(name: str, given: dict[str, Tensor], wanted: dict[str, Tensor]) -> str
     if name in list(wanted)[-2:] and given[name].shape[1:] == wanted[name].shape[1:]:  # the classifier
         return f"; set the source's classes to {given[name].shape[0]}?"
     return ""
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its content: eight bytes of the header's length, and the header, a JSON object. What was fetched has no ending."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return path.suffix == ".safetensors" or (head[8:] == b"{" and head[:1] != b"\x80")
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:

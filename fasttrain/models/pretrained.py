@@ -5,13 +5,9 @@ Files of these layouts fit by name: torchvision's and timm's state dicts; the ch
 timm's networks may also hold the same tensors in the same order under other names.
 """
 
-from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import urlparse
-
-import torch
 from torch import Tensor
 
+from fasttrain.published import torchvision_weights
 from fasttrain.weights import Weights, find_file, is_library_name, read_weights
 
 from .backbone import Backbone
@@ -25,9 +21,9 @@ def load_backbone(backbone: Backbone, spec: str, sha256: str = "") -> str:
 
     Args:
         backbone: by ``build_backbone``.
-        spec: a file, ``package:MODULE``, or the library's name for weights of this network: torchvision's, such as
+        spec: a file, ``package:MODULE``, a URL, or the library's name for weights of this network: torchvision's, such as
             ``KINETICS400_V1``, or ``DEFAULT``, of timm too. Files with code in them are refused.
-        sha256: the file's SHA-256 or its first digits, to insist on; of timm's own weights, that of the tensors.
+        sha256: the file's SHA-256 or its first digits, to insist on; what is not here is fetched only where it is given.
 
     Returns:
         What was loaded, with its SHA-256, for the log.
@@ -37,11 +33,15 @@ def load_backbone(backbone: Backbone, spec: str, sha256: str = "") -> str:
     """
     try:
         if not is_library_name(spec):
-            weights = read_weights(find_file(spec), sha256)
+            weights = read_weights(find_file(spec, sha256), sha256)
         elif isinstance(backbone, TimmBackbone):
             weights = backbone.published(spec, sha256)
         else:
-            weights = read_weights(_fetched(backbone, spec), sha256)
+            if backbone.library != "torchvision":
+                raise ValueError(
+                    f"{spec!r} is a name of torchvision's, which has no {backbone.name}; give a file or package:MODULE"
+                )
+            weights = torchvision_weights(backbone.name, spec, sha256)
         given, how = _of_a_target(weights.tensors), "by name"
         if not given:
             given, how = backbone.own_tensors(weights)
@@ -51,29 +51,6 @@ def load_backbone(backbone: Backbone, spec: str, sha256: str = "") -> str:
     backbone.load_state_dict(given, strict=False)  # strict but for the batch counters, which older files have not
     name = f"{spec} ({weights.origin})" if weights.origin != spec else spec
     return f"{name}, {len(given)} tensors {how}, SHA-256 {weights.sha256}"
-
-
-def _fetched(backbone: Backbone, name: str) -> Path:
-    """torchvision's file, downloaded where torch.hub keeps such files, unless it is there."""
-    if backbone.library != "torchvision":
-        raise ValueError(
-            f"{name!r} is a name of torchvision's, which has no {backbone.name}; give a file or package:MODULE"
-        )
-    import torchvision
-
-    known: Any = torchvision.models.get_model_weights(backbone.name)
-    if name not in known.__members__:
-        raise ValueError(f"torchvision has no weights {name!r} for {backbone.name}, but {', '.join(known.__members__)}")
-    url = known[name].url
-    path = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlparse(url).path).name)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
-        except Exception as error:  # of the network, of the disk, or another hash: they have no common class
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"cannot fetch {name} of {backbone.name} from {url} ({reason}); give a file") from None
-    return path
 
 
 def _of_a_target(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fasttrain.weights import Weights, digest_of, fit
+from fasttrain.published import timm_network
+from fasttrain.weights import Weights, fit
 
 from .backbone import Backbone, Maps
 
@@ -97,30 +98,20 @@ class TimmBackbone(Backbone):
         return self._of_full(full), how
 
     def published(self, name: str, sha256: str = "") -> Weights:
-        """timm's own weights of the whole network, downloaded unless they are there.
+        """timm's own weights of the whole network.
 
         Args:
             name: ``DEFAULT``; of several, timm's network names say which.
-            sha256: of the tensors and their names (or its first digits), to insist on.
+            sha256: of their file (or its first digits), see :func:`fasttrain.published.timm_network`.
 
         Raises:
-            ValueError: another name, weights that cannot be fetched, or another SHA-256.
+            ValueError: another name, weights that are not here or cannot be fetched, or another SHA-256.
         """
-        import timm
-
         if name != "DEFAULT":
             raise ValueError(f"{name!r}: timm's weights are chosen by target.model, as in {self.name}.TAG; say DEFAULT")
-        try:
-            with torch.random.fork_rng(devices=[]):
-                full = timm.create_model(self.model, pretrained=True)
-        except Exception as error:  # of the network, of the disk, of timm: they have no common class
-            raise ValueError(
-                f"timm could not supply weights for {self.name} ({_short(error)}); give a file or package:MODULE"
-            ) from None
-        digest = digest_of(full)
-        if not digest.startswith(sha256.lower()):
-            raise ValueError(f"timm's tensors of {self.name} have the SHA-256 {digest}, not {sha256}")
-        return Weights(full.state_dict(), digest, "timm")
+        with torch.random.fork_rng(devices=[]):
+            full, weights = timm_network(self.model, sha256)
+        return Weights(full.state_dict(), weights.sha256, "timm")
 
     def _of_full(self, full: nn.Module) -> dict[str, Tensor]:
         """Tensors of timm's whole network, by their names here: for features, timm puts it into a module called ``model`` or

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.kernels import network_input
+from fasttrain.published import timm_network, torchvision_network
 from fasttrain.recipe import Source
 from fasttrain.weights import digest_of, find_file, fit, is_library_name, read_weights
 
@@ -16,7 +17,7 @@ class SourceNetwork(nn.Module):
 
     Attributes:
         spec: the recipe's entry.
-        sha256: of its weights' file, or of its tensors where there is no file.
+        sha256: of its weights' file, or of its tensors where they are random.
         origin: where the weights came from, for the log.
     """
 
@@ -56,14 +57,17 @@ def open_source(spec: Source) -> SourceNetwork:
         ValueError: unknown network, weights that cannot be found, read or fitted, or that have another SHA-256.
     """
     library, name = _library(spec.model)
-    if spec.weights in ("random", "default") or is_library_name(spec.weights):
-        network, origin = _from_library(spec, library, name)
-        sha256 = digest_of(network)
-        if spec.sha256 and not sha256.startswith(spec.sha256.lower()):
+    if spec.weights == "random":
+        network = _random(spec, library, name)
+        sha256, origin = digest_of(network), "random"
+        if not sha256.startswith(spec.sha256.lower()):
             raise ValueError(f"sources: {spec.name}'s tensors have the SHA-256 {sha256}, not {spec.sha256}")
+    elif spec.weights == "default" or is_library_name(spec.weights):
+        network, sha256 = _published(spec, library, name)
+        origin = f"{library} {spec.weights}"
     else:
         network = _build(library, name, spec.classes)
-        weights = read_weights(find_file(spec.weights), spec.sha256)
+        weights = read_weights(find_file(spec.weights, spec.sha256), spec.sha256)
         how = fit(network, weights, spec.model)
         sha256, origin = weights.sha256, f"{weights.origin} ({how})"
     return SourceNetwork(spec, network.to(memory_format=torch.channels_last), sha256, origin)
@@ -106,29 +110,23 @@ def _build(library: str, name: str, classes: int) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, num_classes=classes)
 
 
-def _from_library(spec: Source, library: str, name: str) -> tuple[nn.Module, str]:
-    if spec.weights == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f"{spec.name} {spec.model}".encode()))
-            return _build(library, name, spec.classes), "random"
+def _random(spec: Source, library: str, name: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(f"{spec.name} {spec.model}".encode()))
+        return _build(library, name, spec.classes)
+
+
+def _published(spec: Source, library: str, name: str) -> tuple[nn.Module, str]:
+    """The network with its library's weights, and the SHA-256 of their file."""
     try:
         if library == "timm":
-            import timm
-
-            network = timm.create_model(name, pretrained=True, num_classes=spec.classes)
+            network, weights = timm_network(name, spec.sha256, classes=spec.classes)
         else:
-            import torchvision
-
-            weights = "DEFAULT" if spec.weights == "default" else spec.weights
-            network = torchvision.models.get_model(name, weights=weights)
-    except Exception as error:  # the libraries' download errors have no common class
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"sources: {library} could not supply weights {spec.weights!r} for {name} ({reason}); "
-            "give a file or package:MODULE as the source's weights"
-        ) from None
+            network, weights = torchvision_network(name, spec.weights.replace("default", "DEFAULT"), spec.sha256)
+    except ValueError as error:
+        raise ValueError(f"sources: {spec.name}: {error}") from None
     with torch.no_grad():
         classes = network.eval()(torch.zeros(1, 3, spec.size, spec.size)).shape[1]
     if classes != spec.classes:
         raise ValueError(f"sources: {spec.name} has {classes} classes, not {spec.classes}")
-    return network, f"{library} {spec.weights}"
+    return network, weights.sha256

@@ -71,10 +71,11 @@ class Place:
         """Where a weights file is, or ought to be."""
         return str(self.weights / name) if self.weights else name
 
-    def imagenet(self, model: str) -> str:
-        """The file of torchvision's weights where it lies among the others, else their name."""
+    def imagenet(self, model: str) -> dict[str, str]:
+        """The file of torchvision's weights where it lies among the others, else their name and the digits in the file's."""
         path = Path(self.file(IMAGENET_FILES[model]))
-        return str(path) if path.is_file() else IMAGENET
+        digits = path.stem.rpartition("-")[2]
+        return {"weights": str(path)} if path.is_file() else {"weights": IMAGENET, "sha256": digits}
 
     def folder(self, row: Row, seed: int) -> Path:
         """Of a run."""
@@ -108,7 +109,7 @@ def recipe_of(row: Row, place: Place, *, seed: int = 0) -> Recipe:
         merge(content, more)
     if row.finetune:
         merge(content, _FINE_TUNED)
-        content["target"]["weights"] = place.file(KINETICS) if row.clips else place.imagenet(model)
+        content["target"] |= {"weights": place.file(KINETICS)} if row.clips else place.imagenet(model)
     merge(content, _METHODS[row.method](row, place))
     return _made(content)
 
@@ -161,7 +162,7 @@ def _scratch(row: Row, place: Place) -> dict[str, Any]:
 
 def _sskt(row: Row, place: Place) -> dict[str, Any]:
     sources = [
-        {"name": "imagenet", "model": "torchvision:resnet50", "weights": place.imagenet("resnet50")},
+        {"name": "imagenet", "model": "torchvision:resnet50", **place.imagenet("resnet50")},
         {"name": "places", "model": "torchvision:resnet50", "weights": place.file(PLACES), "classes": 365},
     ]
     transfer = {"sources": [_SOURCES[letter] for letter in row.sources], "module": row.module, "loss": row.loss}
@@ -184,7 +185,7 @@ def _dml(row: Row, place: Place) -> dict[str, Any]:
 
 
 def _teacher(row: Row, place: Place) -> dict[str, Any]:
-    return _TEACHER | {"target": {"weights": place.imagenet(row.model)}, "method": {"name": "scratch"}}
+    return _TEACHER | {"target": place.imagenet(row.model), "method": {"name": "scratch"}}
 
 
 _METHODS = {"scratch": _scratch, "sskt": _sskt, "kd": _kd, "dml": _dml, "teacher": _teacher}

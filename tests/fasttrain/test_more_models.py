@@ -1,12 +1,16 @@
 """MobileNetV2, DenseNet-121, VGG-16 and timm's networks as targets: counts, taps, weights, sizes and sections."""
 
 import copy
+import hashlib
 import re
 from importlib import import_module
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -194,7 +198,8 @@ def test_files_of_densenet_are_older_than_its_names(tmp_path, monkeypatch):
     older = {k: v for k, v in older.items() if not k.endswith("num_batches_tracked")}
     assert sum(".norm.1." in k or ".conv.2." in k for k in older) == 58 * 5
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, *_, **__: torch.save(older, path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save(older, tmp_path / "hub/checkpoints/densenet121-a639ec97.pth")
     backbone = build_backbone("densenet121")
     assert "IMAGENET1K_V1 (" in load_backbone(backbone, "IMAGENET1K_V1")
     for name, tensor in backbone.state_dict().items():
@@ -310,31 +315,38 @@ def test_a_checkpoint_of_ours_with_a_network_of_timms(tmp_path):
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in target.backbone.state_dict().items())
 
 
-def test_timms_own_weights(monkeypatch):
-    """Asked for by ``DEFAULT``, of the whole network; there is no network to fetch them from here."""
-    made, full = timm.create_model, tiny("test_resnet")
-    backbone = build_backbone("timm:test_resnet")
-    monkeypatch.setattr(
-        timm, "create_model", lambda name, pretrained=False, **fields: full if pretrained else made(name, **fields)
+def test_timms_own_weights(tmp_path, monkeypatch):
+    """Asked for by ``DEFAULT``, of the whole network, where the Hugging Face hub's cache has them."""
+    full, backbone = timm.create_model("test_resnet"), build_backbone("timm:test_resnet")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    message = (
+        r"target\.weights: timm's weights of test_resnet are not on this machine, and are fetched only where sha256"
     )
+    with pytest.raises(ValueError, match=message):
+        load_backbone(backbone, "DEFAULT")
+    path = in_hub(tmp_path, "timm/test_resnet.r160_in1k", full)
     told = load_backbone(backbone, "DEFAULT")
     assert told.startswith("DEFAULT (timm), ") and torch.equal(
         backbone.network.layer1[0].bn1.weight, full.layer1[0].bn1.weight
     )
     digest = told.rpartition(" ")[2]
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert load_backbone(backbone, "DEFAULT", digest[:9].upper()) == told
-    with pytest.raises(ValueError, match=rf"target\.weights or target\.sha256: timm's tensors .* {digest}, not 1234"):
+    with pytest.raises(ValueError, match=rf"target\.weights or target\.sha256: timm's .* SHA-256 {digest}, not 1234"):
         load_backbone(backbone, "DEFAULT", "1234")
     with pytest.raises(ValueError, match=r"'IMAGENET1K_V1': timm's weights are chosen by target\.model, .*say DEFAULT"):
         load_backbone(backbone, "IMAGENET1K_V1")
 
-    def unreachable(name, **fields):
-        raise OSError("no way out")
 
-    monkeypatch.setattr(timm, "create_model", unreachable)
-    message = r"target\.weights: timm could not supply weights for timm:test_resnet \(no way out\); give a file"
-    with pytest.raises(ValueError, match=message):
-        load_backbone(backbone, "DEFAULT")
+def in_hub(cache: Path, repository: str, network: nn.Module) -> Path:
+    """Puts a network's weights where the Hugging Face hub's client keeps a repository's."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("0" * 40)
+    path = folder / "snapshots" / ("0" * 40) / "model.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file(network.state_dict(), path)
+    return path
 
 
 def test_files_that_do_not_fit_timms_network(tmp_path):

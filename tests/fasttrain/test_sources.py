@@ -1,11 +1,14 @@
 """Sources: real weights, their fit, their input."""
 
+import hashlib
 from dataclasses import replace
 from importlib import import_module
 
+import huggingface_hub
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from fasttrain.recipe import Source
@@ -144,16 +147,32 @@ def test_mistakes(tmp_path, capfd):
     assert "ran" not in capfd.readouterr().out
 
 
-def test_weights_that_the_library_cannot_fetch(monkeypatch):
-    def create_model(name, pretrained=False, **_):
-        assert pretrained
-        raise OSError("no way to the hub")
+def test_weights_that_a_library_publishes_are_read_where_they_are(tmp_path, monkeypatch):
+    """By our own reader, and built as the library builds its network: GoogLeNet's input is another one with weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with torch.random.fork_rng():
+        full = torchvision.models.googlenet(init_weights=False, aux_logits=True)
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    path = tmp_path / "hub/checkpoints/googlenet-1378be20.pth"
+    torch.save(full.state_dict(), path)
+    spec = Source("g", "torchvision:googlenet", weights="IMAGENET1K_V1", size=64)
+    source = open_source(spec)
+    assert source.network.transform_input and torch.equal(source.network.fc.weight, full.fc.weight)
+    assert source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match=r"sources: g: torchvision's weights .* has the SHA-256 .*, not 123"):
+        open_source(replace(spec, sha256="123"))
+    torch.save({"state_dict": _Trap()}, path)
+    with pytest.raises(ValueError, match=r"sources: g: the weights .*googlenet-1378be20\.pth hold code"):
+        open_source(spec)
 
-    monkeypatch.setattr(timm, "create_model", create_model)
-    with pytest.raises(
-        ValueError, match=r"timm could not supply weights 'default' for test_resnet \(no way to the hub\)"
-    ):
+
+def test_weights_of_a_library_that_are_not_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"sources: tiny: timm's weights of test_resnet are not on this machine"):
         open_source(replace(TINY, weights="default"))
+    with pytest.raises(ValueError, match=r"sources: s: .* begins with f37072fd"):
+        open_source(Source("s", "torchvision:resnet18", weights="IMAGENET1K_V1"))
 
 
 def test_a_package_with_one_weights_file(need):
