@@ -3,24 +3,8 @@
 import pytest
 from fasttrain.benchmarks import checkpoints
 
-SMALL = [
-    "--target",
-    "resnet20",
-    "--size",
-    "8",
-    "--batch",
-    "2",
-    "--steps",
-    "4",
-    "--every",
-    "2",
-    "--rounds",
-    "1",
-    "--seconds",
-    "1,10",
-    "--threads",
-    "1",
-]
+SMALL = ["--target", "resnet20", "--size", "8", "--batch", "2", "--steps", "4", "--every", "2"]
+SMALL += ["--rounds", "1", "--seconds", "1,10", "--threads", "1"]
 
 
 def test_rows_say_what_a_checkpoint_costs(tmp_path):
