@@ -201,21 +201,20 @@ class CheckpointWriter:
                 return error
 
     def _write_last(self, path: Path, state: dict[str, Any]) -> None:
+        """last.pt, with the one before it put aside when the new one is whole. Killed in between, the newest is there."""
         step = _step_of(state)
 
         def put_aside() -> None:
-            if not path.is_file():
-                return
-            if not self._know_present():
+            if path.is_file() and not self._know_present():
                 path.replace(path.with_name(f"{LAST}.damaged"))
                 self._report(f"WARNING: {path} is damaged, and was moved to {LAST}.damaged")
-            elif self._keep > 1 and self._present != step:
+            elif path.is_file() and self._keep > 1 and self._present != step:
                 path.replace(self._folder / f"step-{self._present:09d}.pt")
+            for old in [p for its, p in checkpoint.steps(self._folder) if its < step][self._keep - 1 :]:
+                self._remove(old)
 
         checkpoint.write(path, state, ready=put_aside)
         self._present = step
-        for old in [p for its, p in checkpoint.steps(self._folder) if its < step][self._keep - 1 :]:
-            self._remove(old)
 
     def _know_present(self) -> bool:
         """Whether last.pt is whole; one that another process wrote is read once."""

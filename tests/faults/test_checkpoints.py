@@ -265,6 +265,23 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_is_tried_again(small_disk,
     assert names(small_disk) == ["last.pt"]
 
 
+def test_what_could_not_be_written_is_tried_again_unasked(small_disk, writer, monkeypatch):
+    monkeypatch.setattr("fasttrain.writer._RETRY_S", 0.05)
+    writes, said = writer(small_disk)
+    (small_disk / "ballast").write_bytes(bytes(1800 << 10))
+    writes.save("last.pt", made(1, 500))
+    until(lambda: len(said) > 1)
+    (small_disk / "ballast").unlink()
+    until((small_disk / "last.pt").is_file)
+
+
+def until(happened) -> None:
+    end = time.perf_counter() + 20
+    while not happened():
+        assert time.perf_counter() < end
+        time.sleep(0.01)
+
+
 def test_where_the_disk_is_full_the_oldest_gives_way_and_never_the_last_one(small_disk, writer):
     writes, said = writer(small_disk, keep=5)
     for step in range(1, 7):
