@@ -288,7 +288,7 @@ class _Fetch:
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
         def one(i: int) -> None:
-            patiently(lambda: self._piece(handle, i, todo))
+            patiently(lambda: self._piece(handle, i, todo), self._stop.wait)
             os.fsync(handle)
             with self._lock:
                 os.write(log, f"{i}\n".encode())

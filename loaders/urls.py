@@ -22,8 +22,9 @@ CHUNK = 1 << 20
 WAITS = (1.0, 4.0, 16.0)  # seconds before the second, third and fourth attempt
 _TIMEOUT = 60.0  # seconds without a byte
 _POLL = 0.2  # seconds between looks at a lock that another process holds
-_HTTP: tuple[str, ...] = ("http", "https")
-_OTHERS = (*"file memory s3 s3a gs gcs az abfs abfss adl hdfs webhdfs oci oss sftp ssh smb ftp".split(),)
+_HTTP = ("http", "https")
+_OTHERS = ("file", "memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hdfs", "webhdfs", "oci", "oss")
+_SCHEMES = (*_HTTP, *_OTHERS, "sftp", "ssh", "smb", "ftp")  # others of fsspec's put one into another, or run code
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _PASSES = (408, 425, 429)  # HTTP: answers below 500 after which another attempt may succeed
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -111,8 +112,12 @@ def chunks(place: str, *, limit: int) -> Iterator[bytes]:
         raise Unreachable(f"cannot read {name}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
 
 
-def patiently(work: Callable[[], _T]) -> _T:
+def patiently(work: Callable[[], _T], pause: Callable[[float], Any] = time.sleep) -> _T:
     """What ``work`` gives; tried again, after growing waits, where it is ``Unreachable``.
+
+    Args:
+        work: does it.
+        pause: waits for so many seconds.
 
     Raises:
         ValueError: it stays so.
@@ -121,7 +126,7 @@ def patiently(work: Callable[[], _T]) -> _T:
         try:
             return work()
         except Unreachable:
-            time.sleep(wait)
+            pause(wait)
     try:
         return work()
     except Unreachable as error:
@@ -265,8 +270,8 @@ def _opened(place: str) -> Iterator[tuple[IO[bytes], int | None]]:
 
 def check_scheme(url: str) -> None:
     """Raises ``ValueError`` where a URL's scheme is none that is read, or where it is a chain of several."""
-    if _scheme(url) not in _HTTP + _OTHERS or "::" in url:
-        raise ValueError(f"{shown(url)}: URLs begin with {', '.join(_HTTP + _OTHERS)}, and one is not put into another")
+    if _scheme(url) not in _SCHEMES or "::" in url:
+        raise ValueError(f"{shown(url)}: URLs begin with {', '.join(_SCHEMES)}, and one is not put into another")
 
 
 def _opener() -> urllib.request.OpenerDirector:
