@@ -252,6 +252,8 @@ class CheckpointWriter:
 
 def _copied(value: Any, known: dict[tuple[int, _Layout], Tensor], buffers: _Buffers) -> Any:
     """A copy of a state that shares no memory with it."""
+    if value is None or isinstance(value, (int, float, str)):
+        return value
     if isinstance(value, Tensor):
         tensor = value.detach()
         key = (tensor.data_ptr() or id(value), _layout(tensor))
