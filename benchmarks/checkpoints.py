@@ -174,7 +174,7 @@ def _round(training: _Training, given: argparse.Namespace, save: Save | None) ->
 
 def _print(title: str, rows: list[dict[str, Any]], seconds: list[int]) -> None:
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("row")
+    table.add_column("row", no_wrap=True)
     for head in ("ms a step", "checkpoint ms", "snapshot ms", "written ms", *(f"% per {s} s" for s in seconds)):
         table.add_column(head, justify="right")
     for row in rows:
