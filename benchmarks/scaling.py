@@ -1,6 +1,6 @@
 """Suite ``scaling``: several processes on one machine, measured; and a plan for many GPUs, computed.
 
-    fasttrain bench scaling [--ranks 2] [--cores N] [--recipe smoke] [--batch 128] [--epochs 3] [--rounds 3] [--loader ffcv]
+    fasttrain bench scaling [--ranks 2] [--cores N] [--recipe smoke] [--batch 32] [--epochs 40] [--rounds 3] [--loader ffcv]
                             [--data FOLDER|FILE] [--images 1500] [--size 128] [--sources 2] [--rows NAME,..] [--json FILE]
     fasttrain bench scaling --plan [--gpus 64] [--nodes 8] [--cores 96] [--nvlink 300] [--network 50] [--storage 10]
                             [--packed FILE] [--speed N] [--batch N] [--decode N] [--bytes N] [--json FILE]
@@ -85,7 +85,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
 def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fasttrain bench scaling", exit_on_error=False, add_help=False)
     parser.add_argument("--plan", action="store_true")
-    for name, number in (("ranks", 2), ("epochs", 3), ("rounds", 3), ("images", 1500), ("size", 128), ("sources", 2)):
+    for name, number in (("ranks", 2), ("epochs", 40), ("rounds", 3), ("images", 1500), ("size", 128), ("sources", 2)):
         parser.add_argument(f"--{name}", type=int, default=number)
     for name, number in (("gpus", 64), ("nodes", 8), ("batch", 0), ("cores", 0)):
         parser.add_argument(f"--{name}", type=int, default=number)
@@ -115,7 +115,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         if given.gpus < given.nodes or given.gpus % given.nodes:
             raise ValueError(f"bench scaling: {given.gpus} GPUs are not the same number on each of {given.nodes} nodes")
         return given
-    given.batch, given.cores = given.batch or 128, given.cores or len(os.sched_getaffinity(0))
+    given.batch, given.cores = given.batch or 32, given.cores or len(os.sched_getaffinity(0))
     if given.ranks < 2 or given.sources % given.ranks or given.batch % given.ranks:
         raise ValueError(f"bench scaling: --ranks {given.ranks} is not above 1 and a divisor of --sources and --batch")
     return given

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fasttrain.loaders.datasets.beton import read_side_file, side_file
+from fasttrain.loaders import open_dataset
+from fasttrain.loaders.datasets.beton import Packed
 
 from fasttrain.build import build_target
 from fasttrain.describe import describe
@@ -153,12 +154,9 @@ def works(*, speed: float, batch: int, decode: float, bytes_: float, packed: Pat
     Raises:
         ValueError: a figure is not known here.
     """
-    image, per_core = _image(packed), _measured("loaders", "ffcv", 224)
-    clip, clips_per_core = _clip(), _measured("video", "kinetics-like packed", None)
-    if bytes_:
-        image = clip = Figure(bytes_, "given")
-    if decode:
-        per_core = clips_per_core = Figure(decode, "given")
+    per_core = Figure(decode, "given") if decode else _measured("loaders", "ffcv", 224)
+    clips_per_core = Figure(decode, "given") if decode else _measured("video", "kinetics-like packed", None)
+    image, clip = (Figure(bytes_, "given"),) * 2 if bytes_ else (_image(packed), _clip())
     images = Figure(_IMAGENET * image.value, f"ImageNet's {_IMAGENET:,} training images of these bytes")
     videos = Figure(
         _KINETICS * _FRAMES * clip.value / 16, f"{_KINETICS:,} videos of {_FRAMES} frames (assumed: Kinetics-400)"
@@ -250,8 +248,9 @@ def _measured(suite: str, row: str, size: int | None) -> Figure:
 def _image(packed: Path | None) -> Figure:
     """Bytes of a packed image."""
     if packed is not None:
-        about = read_side_file(side_file(packed))
-        return Figure(about["bytes"] / about["samples"], f"measured: {packed.name}")
+        read = open_dataset("beton", packed).read
+        assert isinstance(read, Packed)
+        return Figure(float(read.file.size_N.mean()), f"measured: {packed.name}")
     content, origin = _newest("loaders")
     return Figure(content["mean_bytes"], f"{origin}, photographs with an index for crops")
 
