@@ -158,7 +158,7 @@ def _vectors(path: Path, ptr_N: np.ndarray, arguments: np.ndarray, table: np.nda
     with path.open("rb", buffering=0) as file:  # not through a map: reading one whose file was cut off is a signal
         for row, ptr in zip(out_NC, ptr_N.tolist(), strict=True):
             file.seek(ptr)
-            if file.readinto(row.view(np.uint8)) != row.nbytes:
+            if file.readinto(row.data) != row.nbytes:
                 raise ValueError("it was cut off meanwhile")
     return out_NC.astype(np.float32, copy=False)
 

@@ -245,14 +245,13 @@ class Growing:
     def _sound(self, record_N: np.ndarray) -> bool:
         """Whether records of a log can be those of a packing of this data set."""
         last, size = record_N["follow"] == 0, self.partial.stat().st_size
-        if len(record_N) > 0 and record_N["index"][-1] >= len(self.dataset):
+        if (record_N["index"] != np.cumsum(last) - last).any() or (record_N["index"] >= len(self.dataset)).any():
             return False
         written = record_N[record_N["mode"] != LEFT_OUT]
         inside = (written["ptr"] <= size) & (written["size"] <= size) & (written["before"] <= written["ptr"])
         kind = (written["mode"] == JPEG) | (written["mode"] == RAW)
-        label = True if self._vector else written["label"] == self.dataset.targets_N[written["index"].clip(min=0)]
-        known = inside & kind & (written["width"] > 0) & (written["height"] > 0) & label
-        return bool((record_N["index"] == np.cumsum(last) - last).all() and known.all())
+        label = True if self._vector else written["label"] == self.dataset.targets_N[written["index"]]
+        return bool((inside & kind & (written["width"] > 0) & (written["height"] > 0) & label).all())
 
 
 @contextmanager

@@ -50,8 +50,9 @@ def read_centroids(path: Path) -> Centroids:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            centroids = Centroids(file.get_tensor("centroids"), float(about["mean_distance2"]), int(about["images"]))
-        centroid_KD = centroids.centroid_KD
+            # a copy: reading through a map of a file that is cut off meanwhile is a signal
+            centroid_KD = file.get_tensor("centroids").clone()
+        centroids = Centroids(centroid_KD, float(about["mean_distance2"]), int(about["images"]))
         if centroid_KD.dtype != torch.float32 or centroid_KD.ndim != 2 or not centroid_KD.isfinite().all():
             raise ValueError(f"its centroids are {centroid_KD.dtype} of shape {list(centroid_KD.shape)}, or not finite")
         if not (math.isfinite(centroids.mean_distance2) and centroids.mean_distance2 >= 0 and centroids.images > 0):

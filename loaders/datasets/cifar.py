@@ -18,13 +18,13 @@ _REFUSED = (
 )
 
 
-class _ArraysOnly(pickle._Unpickler):  # type: ignore[name-defined]
+class _ArraysOnly(pickle._Unpickler):
     """Unpickles numpy arrays, dicts, lists, strings and numbers: all that the published batches hold, and no code.
 
     It is Python's own written in Python: the one written in C makes room for as many objects as a file says there are.
     """
 
-    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if bytes([k]) not in _REFUSED}  # type: ignore[attr-defined]
+    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if bytes([k]) not in _REFUSED}
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -51,7 +51,7 @@ def _dtype(code: str, *_: object) -> np.dtype:
     """A type of numbers; others have a state of their own, which can be anything."""
     if not _DTYPE.fullmatch(code):
         raise pickle.UnpicklingError(f"an array is of the type {code!r}")
-    return np.dtype(code, copy=True)  # type: ignore[call-overload]
+    return np.dtype(code, copy=True)
 
 
 _KNOWN = {

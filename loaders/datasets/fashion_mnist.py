@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .base import Dataset, Pixels, checked, train_val_test
+from .base import Dataset, Pixels, train_val_test
 
 _CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 # of the unpacked files, so that it does not matter who packed them
@@ -51,7 +51,7 @@ def _idx(folder: Path, name: str, md5: str | None) -> np.ndarray:
         raise ValueError(f"there is no file {path}")
     try:
         most = path.stat().st_size * (_MOST_PACKED if packed else 1)
-        with (gzip.open if packed else open)(path, "rb") as file:  # type: ignore[operator]
+        with (gzip.open if packed else open)(path, "rb") as file:
             head = file.read(8 + 4 * len(of_one))
             if len(head) < 8 + 4 * len(of_one) or head[:4] != bytes((0, 0, 8, 1 + len(of_one))):
                 raise ValueError(f"it is no idx file of bytes in {1 + len(of_one)} dimensions")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .base import Dataset
-from .labels import csv_rows, read_text
+from .labels import csv_rows, printed, read_text
 from .many import Group, check_count, grouped, images_by_class, look
 
 _KAGGLE = "ILSVRC/Data/CLS-LOC"
@@ -158,7 +158,8 @@ def read_meta(path: Path) -> dict[int, str]:
         rows = [(int(number), str(wnid)) for number, wnid, below in columns if not below]
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(
-            f"cannot read {path}: {' '.join(str(error).split())[:200]} (it is to hold synsets with {', '.join(_FIELDS)}; unpack the kit again)"
+            f"cannot read {path}: {' '.join(str(error).split())[:200]} (it is to hold synsets with {', '.join(_FIELDS)}; "
+            "unpack the kit again)"
         ) from error
     wnid_by_id = dict(rows)
     wrong = next((w for w in wnid_by_id.values() if not _WNID.fullmatch(w)), None)
@@ -178,7 +179,9 @@ def read_solution(path: Path) -> dict[int, tuple[str, str]]:
     for line, row in csv_rows(path):
         at = f"{path}, line {line}"
         if not {"imageid", "predictionstring"} <= row.keys():
-            raise ValueError(f"{at}: there are to be columns ImageId and PredictionString, not {', '.join(row)}")
+            raise ValueError(
+                f"{at}: there are to be columns ImageId and PredictionString, not {printed(', '.join(row))}"
+            )
         match = _VAL.fullmatch(f"{row['imageid'].strip()}.JPEG")
         wnid = row["predictionstring"].strip().partition(" ")[0]
         if match is None or not _WNID.fullmatch(wnid):

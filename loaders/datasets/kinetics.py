@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .base import Dataset
-from .labels import complete_splits, csv_rows
+from .labels import complete_splits, csv_rows, printed
 from .paths import Tree, folder_with
 from .videos import video_files
 
@@ -111,7 +111,7 @@ def read_list(path: Path, unlabelled: bool = False) -> list[_Clip]:
         if unlabelled and lacks == ["label"]:
             return []
         if lacks:
-            raise ValueError(f"{at}: there is no column {lacks[0]}, but {', '.join(row)}")
+            raise ValueError(f"{at}: there is no column {lacks[0]}, but {printed(', '.join(row))}")
         name, start, end = (row[c].strip() for c in ("youtube_id", "time_start", "time_end"))
         if not row["label"]:
             raise ValueError(f"{at}: the label is empty")

@@ -118,6 +118,11 @@ def read_text(path: Path) -> str:
         raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
+def printed(text: str) -> str:
+    """A text from a file as a message can show it: in one line, and not all of a long one."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
+
+
 def csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
     """Line number and fields of each row; ``labels`` becomes a list."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, skipinitialspace=True)
@@ -129,12 +134,14 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
             if not header:
                 header = [c.strip().lower() for c in cells]
                 if len(set(header)) < len(header):
-                    raise ValueError(f"{path}, line {reader.line_num}: a column is there twice: {', '.join(header)}")
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: a column is there twice: {printed(', '.join(header))}"
+                    )
                 continue
             if len(cells) != len(header):
                 raise ValueError(
                     f"{path}, line {reader.line_num}: {len(cells)} fields, and the header has {len(header)} "
-                    f"({', '.join(header)})"
+                    f"({printed(', '.join(header))})"
                 )
             row: dict = dict(zip(header, cells, strict=True))
             row |= {k: row[k].strip() for k in ("label", "split") if k in row}

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from .base import Dataset, Files
-from .labels import Label, complete_splits, csv_rows, is_label, name_labels, read_text
+from .labels import Label, complete_splits, csv_rows, is_label, name_labels, printed, read_text
 from .paths import Tree
 
 _SPLITS = ("train", "val", "test")
@@ -70,7 +70,7 @@ def _parse(path: Path) -> tuple[list[int], list[str], list[Label | list[Label]],
             fields = _FIELDS & row.keys()
             if "path" not in fields or len(fields & {"label", "labels"}) != 1:
                 raise ValueError(
-                    f"{at}: there have to be path and either label or labels, not {', '.join(map(str, row))}"
+                    f"{at}: there have to be path and either label or labels, not {printed(', '.join(map(str, row)))}"
                 )
         if fields != _FIELDS & row.keys():
             raise ValueError(f"{at}: it has {sorted(_FIELDS & row.keys())}, and the first has {sorted(fields)}")
@@ -126,13 +126,13 @@ def _checked_paths(path: Path, lines: list[int], names: list[str]) -> list[Path]
         if real is None:
             missing.append(row)
         elif real in seen:
-            raise ValueError(f"{at}: {text} is there already, in line {lines[seen[real]]}")
+            raise ValueError(f"{at}: {printed(text)} is there already, in line {lines[seen[real]]}")
         else:
             seen[real] = row
             paths.append(folder / name)
     if missing:
         raise ValueError(
-            f"{path}, line {lines[missing[0]]}: there is no file {folder / names[missing[0]]}; "
+            f"{path}, line {lines[missing[0]]}: there is no file {printed(str(folder / names[missing[0]]))}; "
             f"{len(missing)} of {len(names)} are missing"
         )
     return paths

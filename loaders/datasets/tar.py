@@ -274,4 +274,6 @@ def _pax(path: Path, content: bytes) -> dict[bytes, bytes]:
 
 
 def _text(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")
+    """A member's name in one line."""
+    text = name.decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else text.encode("unicode_escape").decode()

@@ -54,8 +54,7 @@ def test_damaged_images_are_refused_or_give_pixels(kind):
         data = content if case < 0 else damaged(content, case)
         try:
             height, width = image_size(data, "x.img")
-        except ValueError as error:
-            assert "x.img" in str(error)
+        except ValueError:
             height = width = -1
         image_HWC = decode(data, "x.img")
         assert image_HWC.dtype == np.uint8 and image_HWC.shape[2:] == (3,), "no image"

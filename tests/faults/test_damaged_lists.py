@@ -190,9 +190,10 @@ def test_one_wrong_number_does_not_make_a_hundred_thousand_classes(tmp_path):
 # out of the folder
 
 
-@pytest.mark.parametrize(
-    "name", ["/etc/passwd", "../outside.png", "a/../../outside.png", "link.png", "folder/outside.png", "a\0b"]
-)
+_OUTSIDE = ["/etc/passwd", "../outside.png", "a/../../outside.png", "link.png", "folder/outside.png", "a\0b"]
+
+
+@pytest.mark.parametrize("name", _OUTSIDE)
 def test_lists_of_files_do_not_lead_out_of_their_folder(name, tmp_path):
     root = tmp_path / "set"
     listed(root, "jsonl")

@@ -1,4 +1,4 @@
-"""Damaged packed files: ``.beton`` of images, label vectors and videos, seek indices, ``FILE.json``; read in every way there is."""
+"""Damaged packed files: ``.beton`` of images, label vectors and videos, seek indices, ``FILE.json``; read in every way."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fasttrain.loaders import open_dataset
-from fasttrain.loaders.beton import ALLOCATION, HEADER, read_beton
+from fasttrain.loaders.beton import ALLOCATION, FIELD, HEADER, read_beton, records
 from fasttrain.loaders.datasets.beton import Packed
 from fasttrain.loaders.pack import pack
 from fasttrain.loaders.pack_video import pack_videos
@@ -37,7 +37,7 @@ class Heads:
         self.path, self.reader, self.content = path, reader, path.read_bytes()
         header = np.frombuffer(self.content, HEADER, 1)[0]
         self.table, count = int(header["table"]), len(read_beton(path))
-        self.head = int(HEADER.itemsize + 2 * 1048 + count * 32)
+        self.head = HEADER.itemsize + 2 * FIELD.itemsize + count * records(1).itemsize
         self.size = len(self.content)
 
     def __call__(self, case: int) -> object:
