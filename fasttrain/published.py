@@ -53,8 +53,8 @@ def torchvision_network(model: str, name: str, sha256: str) -> tuple[nn.Module, 
         raise ValueError(f"the weights {weights.origin} do not fit {model}: {_short(error)}") from None
 
 
-def timm_network(model: str, sha256: str, *, classes: int | None = None) -> tuple[nn.Module, Weights]:
-    """A network with the weights that timm publishes for its name.
+def timm_network(model: str, sha256: str) -> tuple[nn.Module, Weights]:
+    """A network with the weights that timm publishes for its name, and their classes.
 
     They are looked for in the Hugging Face hub's cache and in torch.hub's, and fetched where ``sha256`` is theirs: all 64
     digits, or eight where the file's name has them.
@@ -62,7 +62,6 @@ def timm_network(model: str, sha256: str, *, classes: int | None = None) -> tupl
     Args:
         model: timm's name of it, with or without a tag.
         sha256: of the file, or its first digits.
-        classes: of the network; None: those of the weights.
 
     Raises:
         ValueError: none are published, they are not here and may not be fetched, or they cannot be read or fitted.
@@ -74,10 +73,9 @@ def timm_network(model: str, sha256: str, *, classes: int | None = None) -> tupl
     if not urls:
         raise ValueError(f"timm publishes no weights for {model}; give a file or package:MODULE")
     weights = read_weights(library_file(f"timm's weights of {model}", here, urls, sha256), sha256)
-    number: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     given = {"state_dict": dict(weights.tensors), "custom_load": False, "source": None}
     try:
-        return timm.create_model(model, pretrained=True, pretrained_cfg_overlay=given, **number), weights
+        return timm.create_model(model, pretrained=True, pretrained_cfg_overlay=given), weights
     except Exception as error:  # each of timm's networks has its own way to fail
         raise ValueError(f"the weights {weights.origin} do not fit {model}: {_short(error)}") from None
 

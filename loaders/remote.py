@@ -32,7 +32,7 @@ from .urls import CHUNK, chunks, is_url, locked, patiently, read_small, sha256_o
 LIST = ".shards.json"  # behind the name of the packed file
 FORMAT = 1
 MAX_LIST = 64 << 20  # bytes
-MAX_SIDE_FILE = 4 << 30  # bytes
+MAX_SIDE_FILE = 1 << 28  # bytes, as read_side_file has it
 _KEPT_LIST = ".list.json"
 _EVERY = 5.0  # seconds between two lines on how far it is
 _LONGEST = 200  # characters of a name: endings of ours still fit behind it

@@ -156,6 +156,7 @@ def fetch_file(place: str, path: Path, *, sha256: str, limit: int) -> Path:
     Raises:
         ValueError: it cannot be read, is too large, has another SHA-256, or cannot be written.
     """
+    assert sha256
     if path.is_file() and sha256_of(path).startswith(sha256.lower()):
         return path
     try:

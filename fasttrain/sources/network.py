@@ -120,7 +120,7 @@ def _published(spec: Source, library: str, name: str) -> tuple[nn.Module, str]:
     """The network with its library's weights, and the SHA-256 of their file."""
     try:
         if library == "timm":
-            network, weights = timm_network(name, spec.sha256, classes=spec.classes)
+            network, weights = timm_network(name, spec.sha256)
         else:
             network, weights = torchvision_network(name, spec.weights.replace("default", "DEFAULT"), spec.sha256)
     except ValueError as error:

@@ -106,6 +106,8 @@ def test_what_is_here_is_used_without_a_request(offline, tmp_path):
     path = in_hub(tmp_path / "hub", "timm/test_resnet.r160_in1k", network)
     source = open_source(replace(TINY, sha256=digest_of(path)[:8]))
     assert torch.equal(source.network.fc.weight, network.fc.weight) and source.sha256 == digest_of(path)
+    with pytest.raises(ValueError, match="sources: tiny has 1000 classes, not 9"):  # a new head would be a random one
+        open_source(replace(TINY, classes=9))
     load_backbone(build_backbone("timm:test_resnet"), "DEFAULT")
     full = torchvision.models.resnet18()
     (tmp_path / "torch/hub/checkpoints").mkdir(parents=True)

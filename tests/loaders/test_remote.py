@@ -20,6 +20,8 @@ import pytest
 from fasttrain.loaders import open_dataset, remote, urls
 from fasttrain.loaders.pack import pack
 from fasttrain.loaders.remote import fetch_packed, fetch_shards
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fasttrain.sharding import main, shard
 
@@ -301,6 +303,21 @@ def test_nothing_of_a_list_is_believed(shared, tmp_path):
         file.truncate(remote.MAX_LIST + 1)
     with pytest.raises(ValueError, match="67108865 bytes, and 67108864 are the most"):
         fetch_shards(str(path), sha256="", cache=tmp_path / "cache")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**6), st.integers(1, 255), st.booleans())
+def test_a_list_with_a_wrong_byte_is_refused_or_still_one(shared, at, flip, cut):
+    """Any change is refused where the SHA-256 is known; where it is not, names stay in their folder, and sizes sum up."""
+    content = bytearray((shared[0] / "toy.beton.shards.json").read_bytes())
+    content[at % len(content)] ^= flip
+    try:
+        shards = remote.read_list(bytes(content[: at % len(content)] if cut else content), "list")
+    except ValueError:
+        return
+    pieces = [shards.whole, *shards.pieces, *([shards.about] if shards.about else [])]
+    assert all(Path(piece.name).name == piece.name and piece.bytes > 0 for piece in pieces)
+    assert sum(piece.bytes for piece in shards.pieces) == shards.whole.bytes
 
 
 def test_a_disk_without_room(shared, packed, tmp_path, monkeypatch):
