@@ -33,7 +33,7 @@ usage: fasttrain COMMAND ...
                                          a table of the paper, 2 to 8 or fig4: ours beside theirs (`fasttrain table -h`)
   pretext RECIPE [--budget full|smoke] [--probe] [--rows] [--field value ...]
                                          puzzle -> clusters -> pseudo-labels -> target (`fasttrain pretext -h`)
-  bench loaders|video|kernels|sources|transfer|step|clusters [--json FILE]
+  bench loaders|video|kernels|sources|transfer|step|clusters|checkpoints [--json FILE]
                                              speed beside others' in the same run (`fasttrain bench loaders -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
 
@@ -56,16 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
         if command is None:
             raise ValueError(f"there is no command {given[0]!r}; there are {', '.join(COMMANDS)}")
         if int(os.environ.get("WORLD_SIZE") or 1) > 1 and given[0] not in _SEVERAL:
+            several = ", ".join(_SEVERAL)
             raise ValueError(
-                f"{given[0]} runs in one process, not in WORLD_SIZE={os.environ['WORLD_SIZE']}; several take {', '.join(_SEVERAL)}"
+                f"{given[0]} runs in one process, not in {os.environ['WORLD_SIZE']} (WORLD_SIZE); {several} may"
             )
         return command(given[1:])
     except interrupts.Preempted as error:
         if _rank() == 0:
-            print(
-                f"fasttrain: {error or 'asked to end before anything was done'}; the same command goes on",
-                file=sys.stderr,
-            )
+            said = str(error) or "asked to end before anything was done"
+            print(f"fasttrain: {said}; the same command goes on", file=sys.stderr)
         return TRY_AGAIN
     except KeyboardInterrupt:
         print(f"fasttrain: stopped{_GOES_ON.get(given[0], '')}", file=sys.stderr)
@@ -316,7 +315,7 @@ _GOES_ON = {
     "table": "; the same command goes on from the last checkpoint",
     "pretext": "; the same command goes on where it was",
 }
-SUITES = ("clusters", "kernels", "loaders", "sources", "step", "transfer", "video")
+SUITES = ("checkpoints", "clusters", "kernels", "loaders", "sources", "step", "transfer", "video")
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,

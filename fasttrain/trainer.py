@@ -172,9 +172,6 @@ class Trainer:
             taken = self._take_step(ready)
             self.step += 1
             self.position = ready.position
-            if stop():
-                interrupts.settle()
-                raise interrupts.Asked
             images += taken
             if self.step % run.log_every == 0:
                 self.clock.settle()
@@ -182,6 +179,10 @@ class Trainer:
                 self.train_seconds += time.perf_counter() - mark
                 self.clock.mark("other")
                 mark, images = time.perf_counter(), 0
+            if stop():
+                interrupts.settle()
+                self.train_seconds += time.perf_counter() - mark
+                raise interrupts.Asked
             if run.checkpoint_steps and self.step % run.checkpoint_steps == 0 and self._inside_epoch():
                 self.train_seconds += time.perf_counter() - mark
                 self._save()
@@ -457,14 +458,14 @@ class Trainer:
         self.epoch, self.number, self.step, self.finished = (place[k] for k in ("epoch", "pass", "step", "finished"))
         self.best, self.counts, self.saved = state["best"], state["counts"], self.step
         self.sums = {name: value.to(self.parts.device) for name, value in state["sums"].items()}
-        self.guard.left_out = state["left_out"]
+        self.guard.left_out = state.get("left_out", 0)
         times = state["times"]
         self.clock.seconds, self.speeds, self.train_seconds = times["clock"], times["speeds"], times["train"]
         self._note(f"going on from {path}: epoch {self.epoch}, step {self.step}")
-        its, run = self.ranks, self.recipe.run
-        if state["processes"] != its.count and run.accumulate == 1 and not run.sync_batch_norm:
+        its, run, before = self.ranks, self.recipe.run, state.get("processes", 1)
+        if before != its.count and run.accumulate == 1 and not run.sync_batch_norm:
             self._note(
-                f"{its.count} processes instead of {state['processes']}: the batches stay the same, but batch norm sees other "
+                f"{its.count} processes instead of {before}: the batches stay the same, but batch norm sees other "
                 "parts of them; run.accumulate (parts over all processes) or run.sync_batch_norm would keep that, too"
             )
         return state["log_bytes"]

@@ -51,7 +51,8 @@ class SyncedBatchNorm(_BatchNorm):
         """float [B, C, ..] -> the same shape."""
         if not self.training:
             return super().forward(input)
-        out, mean_C, var_C, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
+        x_NC = input.movedim(1, -1).reshape(-1, input.shape[1])
+        out_NC, mean_C, var_C, count = _Normalise.apply(x_NC, self.weight, self.bias, self.eps)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             momentum = self.momentum if self.momentum is not None else 0.1
             with torch.no_grad():
@@ -59,15 +60,14 @@ class SyncedBatchNorm(_BatchNorm):
                 self.running_var.lerp_(var_C * (count / (count - 1)), momentum)
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked += 1
-        return out
+        return out_NC.reshape(input.shape[0], *input.shape[2:], input.shape[1]).movedim(-1, 1)
 
 
 class _Normalise(torch.autograd.Function):
     """``(x - mean) / sqrt(var + eps) * weight + bias``, mean and variance over all processes."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        x_NC = x.movedim(1, -1).reshape(-1, x.shape[1])
+    def forward(ctx, x_NC, weight, bias, eps):
         sum_C1 = torch.cat([x_NC.sum(0, dtype=torch.float64), torch.tensor([len(x_NC)], dtype=torch.float64)])
         dist.all_reduce(sum_C1)
         count, mean_C = float(sum_C1[-1]), sum_C1[:-1] / sum_C1[-1]
@@ -75,18 +75,17 @@ class _Normalise(torch.autograd.Function):
         dist.all_reduce(var_C)
         var_C = var_C / count
         scale_C = (var_C + eps).rsqrt()
-        normed_NC = ((x_NC.double() - mean_C) * scale_C).to(x.dtype)
+        normed_NC = ((x_NC.double() - mean_C) * scale_C).to(x_NC.dtype)
         ctx.save_for_backward(normed_NC, scale_C, weight)
-        ctx.count, ctx.shape = count, x.shape
+        ctx.count = count
         out_NC = normed_NC if weight is None else normed_NC * weight + bias
         found = mean_C.float(), var_C.float()
         ctx.mark_non_differentiable(*found)
-        return _shaped(out_NC, x.shape), *found, count
+        return out_NC, *found, count
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad_NC, *_):
         normed_NC, scale_C, weight = ctx.saved_tensors
-        grad_NC = grad.movedim(1, -1).reshape(-1, ctx.shape[1])
         sum_2C = torch.stack([grad_NC.sum(0, dtype=torch.float64), (grad_NC * normed_NC).sum(0, dtype=torch.float64)])
         own_2C = sum_2C.clone()  # gradients of weight and bias are added up with all others
         dist.all_reduce(sum_2C)
@@ -94,9 +93,4 @@ class _Normalise(torch.autograd.Function):
         factor_C = scale_C if weight is None else scale_C * weight
         back_NC = (grad_NC - mean_2C[0] - normed_NC * mean_2C[1]) * factor_C
         its = (None, None) if weight is None else (own_2C[1].to(weight.dtype), own_2C[0].to(weight.dtype))
-        return _shaped(back_NC.to(grad.dtype), ctx.shape), *its, None
-
-
-def _shaped(x_NC: Tensor, shape: torch.Size) -> Tensor:
-    """[N, C] -> [B, C, ..], in the order channels_last of memory."""
-    return x_NC.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        return back_NC.to(grad_NC.dtype), *its, None

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fasttrain.kernels import network_input
 
+from fasttrain import step as stepper
 from fasttrain import trainer as trainer_module
 from fasttrain.advice import advise
 from fasttrain.build import build
@@ -334,7 +335,7 @@ def test_a_run_leaves_what_it_should(small, tmp_path):
         "checkpoints",
         "tensorboard",
     }
-    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"last.pt", "selected.pt"}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"last.pt", "selected.pt", "step-000000002.pt"}
     assert list((folder / "tensorboard").glob("events.*"))
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["sources"]["tiny"]["sha256"] == build(recipe).networks[0].sha256
@@ -367,9 +368,44 @@ def test_best_or_last(small):
         assert summary["selected_epoch"] == (best if select == "best" else 6)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(small):
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) by step .*optim\.lr 1e\+15 may be too high"):
-        fit(small("--optim.lr", "1e15", "--optim.schedule", "constant", "--optim.epochs", "3"))
+def test_a_gradient_that_is_not_finite_stops_the_run(small, tmp_path):
+    """Before the weights have it; the step and its samples are named."""
+    recipe = small("--optim.lr", "1e15", "--optim.schedule", "constant", "--optim.epochs", "3")
+    said = r"the gradient is not finite at step (\d+) \(epoch 1, batch \1 of it: samples .*no checkpoint yet.*1e\+15 may be too"
+    with pytest.raises(ValueError, match=said):
+        fit(recipe)
+    (found,) = tmp_path.rglob("nonfinite.json")
+    told = json.loads(found.read_text())
+    spec = build(recipe).train_spec
+    start = told["batch"] * spec.batch
+    assert (
+        told["index"] == spec.epoch_order(0)[start : start + spec.batch].tolist() and told["step"] == told["batch"] + 1
+    )
+
+
+@pytest.mark.parametrize("parts", ["1", "2"])
+def test_steps_that_are_not_finite_are_left_out_if_asked(small, monkeypatch, parts):
+    """Weights, momentum, average and statistics of batch norm are as if the step had not been; one more stops the run."""
+    forward, seen = stepper.network_input, []
+
+    def poisoned(pixels, mean, std):
+        seen.append(len(seen))
+        return forward(pixels, mean, std) * (float("nan") if len(seen) in (2, 3) else 1)
+
+    monkeypatch.setattr(stepper, "network_input", poisoned)
+    common = ("--optim.schedule", "constant", "--optim.ema", "0.5", "--run.accumulate", parts, "--run.log_every", "1")
+    lines: list = []
+    folder = fit(small(*common, "--run.skip_nonfinite", "2", "--name", "asked"), None, lines)
+    told = [line for line in lines if line["kind"] == "left out"]
+    assert [line["step"] for line in told] == ([2, 3] if parts == "1" else [1, 2]) and len(told[0]["index"]) > 1
+    state = torch.load(folder / "checkpoints/last.pt", weights_only=True)
+    assert state["left_out"] == 2 and all(v.isfinite().all() for v in state["target"].values())
+    assert all(v.isfinite().all() for v in state["average"].values())
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert all(np.isfinite(line["loss"]) for line in steps if "loss" in line) and sum("loss" in s for s in steps) > 2
+    seen.clear()
+    with pytest.raises(ValueError, match=r"not finite .* run\.skip_nonfinite 2 leaves such steps out"):
+        fit(small(*common, "--run.skip_nonfinite", "1", "--name", "more"))
 
 
 def test_another_recipe_in_the_same_folder_is_refused(small):
