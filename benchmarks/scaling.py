@@ -3,7 +3,7 @@
     fasttrain bench scaling [--ranks 2] [--cores N] [--recipe smoke] [--batch 32] [--epochs 40] [--rounds 3] [--loader ffcv]
                             [--data FOLDER|FILE] [--images 1500] [--size 128] [--sources 2] [--rows NAME,..] [--json FILE]
     fasttrain bench scaling --plan [--gpus 64] [--nodes 8] [--cores 96] [--nvlink 300] [--network 50] [--storage 10]
-                            [--packed FILE] [--speed N] [--batch N] [--decode N] [--bytes N] [--json FILE]
+                            [--packed FILE] [--speed N] [--batch N] [--decode N] [--bytes N] [--short] [--json FILE]
 
 Measured on the CPU, over Gloo (processes with GPUs meet in the same code), with N cores (all if not given), in turn, medians:
 
@@ -22,7 +22,8 @@ no such form.
 
 The plan (sums: benchmarks/scaling_plan.py) prints what a cluster needs to train at full speed, each figure with its origin.
 Units: --nvlink, --network (a node's) and --storage (of all nodes together) GB/s in one direction; --speed images/s of a GPU;
---decode images/s of a core; --bytes of a packed image, or --packed FILE, which `fasttrain pack` has made.
+--decode images/s of a core; --bytes of a packed image, or --packed FILE, which `fasttrain pack` has made. --short leaves out
+what goes in.
 """
 
 import argparse
@@ -84,7 +85,8 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fasttrain bench scaling", exit_on_error=False, add_help=False)
-    parser.add_argument("--plan", action="store_true")
+    for name in ("plan", "short"):
+        parser.add_argument(f"--{name}", action="store_true")
     for name, number in (("ranks", 2), ("epochs", 40), ("rounds", 3), ("images", 1500), ("size", 128), ("sources", 2)):
         parser.add_argument(f"--{name}", type=int, default=number)
     for name, number in (("gpus", 64), ("nodes", 8), ("batch", 0), ("cores", 0)):
@@ -282,15 +284,17 @@ def _planned(given: argparse.Namespace) -> dict[str, Any]:
             speed=given.speed, batch=given.batch, decode=given.decode, bytes_=given.bytes, packed=given.packed
         )
     ]
+    if not given.short:
+        _print_inputs(cluster, rows)
     _print_plan(cluster, rows)
     its = {"gpus": given.gpus, "nodes": given.nodes}
     its |= {name: vars(getattr(cluster, name)) for name in ("cores", "nvlink", "network", "storage")}
     return {"cluster": its | {"latency": [vars(figure) for figure in cluster.latency]}, "rows": rows, "not_run": {}}
 
 
-def _print_plan(cluster: Cluster, rows: list[dict[str, Any]]) -> None:
-    """Plain lines, which can be pasted into a page."""
-    print(f"{cluster.gpus} GPUs on {cluster.nodes} nodes; computed, not measured. A node has and gets:")
+def _print_inputs(cluster: Cluster, rows: list[dict[str, Any]]) -> None:
+    """Plain lines, which can be pasted into a page: what goes in, and where it comes from."""
+    print("A node has and gets:")
     units = {"cores": ("CPU cores", 1.0), "nvlink": ("GB/s a GPU", 1e9), "network": ("GB/s a node", 1e9)}
     units["storage"] = ("GB/s for all nodes", 1e9)
     for name, (unit, scale) in units.items():
@@ -299,49 +303,43 @@ def _print_plan(cluster: Cluster, rows: list[dict[str, Any]]) -> None:
     for figure, what in zip(cluster.latency, ("latency", ""), strict=True):
         print(f"  {what:8} {figure.value * 1e6:6.0f} {'us':18} {figure.origin}")
     for row in rows:
-        print(f"\n{row['name']}")
-        for name, value, unit, note in _lines(row):
-            print(f"  {name:20} {value:>10} {unit:12} {note}")
+        its, what = row["inputs"], row["samples"]
+        print(f"\n{row['name']}:")
+        for name, key, scale, form, unit in (
+            ("speed of a GPU", "speed", 1.0, ",.0f", f"{what}/s"),
+            ("batch of a GPU", "batch", 1.0, ",.0f", what),
+            ("gradient", "gradients", 1e6, ".1f", "MB"),
+            ("statistics", "statistics", 1e6, ".2f", "MB"),
+            (f"packed {what}", "bytes", 1e3, ".1f", "KB each"),
+            ("decoding, a core", "decode", 1.0, ",.0f", f"{what}/s"),
+            ("the whole set", "whole", 1e9, ",.0f", "GB"),
+        ):
+            value = format(its[key]["value"] / scale, form)
+            print(f"  {name:16} {value:>8} {unit:9} {its[key]['origin']}")
+    print()
 
 
-def _lines(row: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    its, speed, storage = row["inputs"], row["efficiency"], row["storage_bytes_per_s"]
-    what = row["samples"]
-    out = []
-    for name, key, scale, form, unit in (
-        ("speed of a GPU", "speed", 1.0, ",.0f", f"{what}/s"),
-        ("batch of a GPU", "batch", 1.0, ",.0f", what),
-        ("gradient", "gradients", 1e6, ".1f", "MB"),
-        (f"{what}, packed, each", "bytes", 1e3, ".1f", "KB"),
-        ("decoding, a core", "decode", 1.0, ",.0f", f"{what}/s"),
-        ("the whole set", "whole", 1e9, ",.0f", "GB"),
-    ):
-        out.append((name, format(its[key]["value"] / scale, form), unit, its[key]["origin"]))
-    share = 100 * row["gradient_ms"] / row["ms"]
-    return [
-        *out,
-        ("step", f"{row['ms']:.1f}", "ms", "batch / speed"),
-        ("gradient all-reduce", f"{row['gradient_ms']:.2f}", "ms", f"{share:.1f} % of the step"),
-        ("statistics", f"{row['statistics_ms']:.2f}", "ms", "of batch norms, after the backward pass"),
-        (
-            "efficiency",
-            f"{100 * speed['overlap full']:.1f}",
-            "%",
-            f"overlapped; {100 * speed['overlap none']:.1f} % if not",
-        ),
-        (
-            "from storage",
-            f"{storage['node'] / 1e9:.2f}",
-            "GB/s a node",
-            f"{storage['all'] / 1e9:.1f} GB/s in all, without data.cache",
-        ),
-        ("decoding", f"{row['decode_cores_per_node']:.1f}", "cores a node", ""),
-        ("filling data.cache", f"{row['fill_s'] / 60:.1f}", "min", "once; every node reads the whole set"),
-        ("all GPUs", f"{row['images_per_s']:,.0f}", f"{what}/s", f"limit: {row['limit']}"),
-        (
-            "without data.cache",
-            f"{row['images_per_s_without_cache']:,.0f}",
-            f"{what}/s",
-            f"limit: {row['limit_without_cache']}",
-        ),
-    ]
+_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "step ms": lambda row: f"{row['ms']:.1f}",
+    "gradient ms": lambda row: f"{row['gradient_ms']:.2f}",
+    "statistics ms": lambda row: f"{row['statistics_ms']:.2f}",
+    "efficiency %": lambda row: (
+        f"{100 * row['efficiency']['overlap none']:.1f} to {100 * row['efficiency']['overlap full']:.1f}"
+    ),
+    "storage GB/s, node, all": lambda row: ", ".join(
+        f"{value / 1e9:.2f}" for value in row["storage_bytes_per_s"].values()
+    ),
+    "decode cores, node": lambda row: f"{row['decode_cores_per_node']:.1f}",
+    "fill min": lambda row: f"{row['fill_s'] / 60:.1f}",
+    "per s": lambda row: f"{row['images_per_s']:,.0f}, {row['limit']}",
+    "per s without data.cache": lambda row: f"{row['images_per_s_without_cache']:,.0f}, {row['limit_without_cache']}",
+}
+
+
+def _print_plan(cluster: Cluster, rows: list[dict[str, Any]]) -> None:
+    """What comes out, as a table of Markdown."""
+    print(f"{cluster.gpus} GPUs on {cluster.nodes} nodes, computed, not measured:\n")
+    lines = [["work", *_COLUMNS], *([row["name"], *(show(row) for show in _COLUMNS.values())] for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    for line in lines:
+        print(f"| {' | '.join(line)} |")

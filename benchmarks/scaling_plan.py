@@ -29,19 +29,19 @@ RESULTS = Path(__file__).parent / "results"
 _IMAGENET, _KINETICS, _FRAMES = 1_281_167, 240_000, 300
 _PUBLISHED = {  # images per second and who says so, images a step and who says so
     "resnet50 A100": (
-        (2470, "NVIDIA DeepLearningExamples 21.03: ResNet-50 v1.5, one A100 80 GB, AMP, PyTorch"),
+        (2470, "NVIDIA DeepLearningExamples 21.03, one A100, PyTorch, AMP"),
         (256, "assumed"),
     ),
     "resnet50 H100": (
-        (7150, "MLPerf Training v4.0: an eighth of 57.2k images/s of 8 H100, MXNet, all-reduce included"),
-        (400, "published: of the same entry with 8 H200"),
+        (7150, "MLPerf Training v4.0, an eighth of 57.2k of 8 H100, MXNet"),
+        (400, "published: that entry's with H200"),
     ),
     "resnet18 A100": (
-        (9900, "ffcv-imagenet: ResNet-18 at 160 to 192 px, one of 8 A100, 9.8k to 10.0k images/s, derived"),
+        (9900, "ffcv-imagenet, 9.8k to 10.0k at 160 to 192 px"),
         (1024, "published: its batch"),
     ),
     "r3d_18 H100": (
-        (426, "SPDL: R3D-18, 16 frames of 112 px, 8 H100, an eighth of 3,405 clips/s without data, derived"),
+        (426, "SPDL, an eighth of 3,405 of 8 H100, without data"),
         (16, "derived from the same"),
     ),
 }
@@ -118,7 +118,7 @@ def plan(work: Work, cluster: Cluster) -> dict[str, Any]:
     full = step / (max(step, step / 3 + gradients) + statistics)
     need = cluster.gpus * work.speed.value * full
     able = {
-        "GPUs": need,
+        "GPUs" if gradients <= step * 2 / 3 else "all-reduce": need,
         "decoding": cluster.nodes * cluster.cores.value * work.decode.value,
         "storage": cluster.storage.value / work.bytes.value,
     }
@@ -157,10 +157,8 @@ def works(*, speed: float, batch: int, decode: float, bytes_: float, packed: Pat
     per_core = Figure(decode, "given") if decode else _measured("loaders", "ffcv", 224)
     clips_per_core = Figure(decode, "given") if decode else _measured("video", "kinetics-like packed", None)
     image, clip = (Figure(bytes_, "given"),) * 2 if bytes_ else (_image(packed), _clip())
-    images = Figure(_IMAGENET * image.value, f"ImageNet's {_IMAGENET:,} training images of these bytes")
-    videos = Figure(
-        _KINETICS * _FRAMES * clip.value / 16, f"{_KINETICS:,} videos of {_FRAMES} frames (assumed: Kinetics-400)"
-    )
+    images = Figure(_IMAGENET * image.value, f"ImageNet's {_IMAGENET:,} training images, each of these bytes")
+    videos = Figure(_KINETICS * _FRAMES * clip.value / 16, f"{_KINETICS:,} videos of {_FRAMES} frames (assumed)")
     out = []
     for name, (known, sources, live) in _ROWS.items():
         recipe = _recipe(known)
@@ -170,9 +168,7 @@ def works(*, speed: float, batch: int, decode: float, bytes_: float, packed: Pat
             share = _flops(_recipe(known, _SEEN), []) / (
                 _flops(recipe, sources) + (_source_flops(sources) if live else 0)
             )
-            figure = Figure(
-                speed_ * share, f"assumed: time goes with FLOPs (counted), from {origin} (FLOPs there at {_SEEN} px)"
-            )
+            figure = Figure(speed_ * share, f"assumed: as the FLOPs, from {speed_:,} of plain ResNet-18 ({origin})")
         parameters, statistics = _counted(recipe, sources)
         out.append(
             Work(
@@ -242,7 +238,7 @@ def _measured(suite: str, row: str, size: int | None) -> Figure:
     content, origin = _newest(suite)
     found = next(r for r in content["rows"] if r["name"] == row and (size is None or r["size"] == size))
     value = found["images_per_s"] if "images_per_s" in found else found["clips_per_s"]
-    return Figure(value / content["workers"], f"{origin}, row {row}, {content['workers']} threads together")
+    return Figure(value / content["workers"], f"{origin}, row {row}")
 
 
 def _image(packed: Path | None) -> Figure:
@@ -252,7 +248,7 @@ def _image(packed: Path | None) -> Figure:
         assert isinstance(read, Packed)
         return Figure(float(read.file.size_N.mean()), f"measured: {packed.name}")
     content, origin = _newest("loaders")
-    return Figure(content["mean_bytes"], f"{origin}, photographs with an index for crops")
+    return Figure(content["mean_bytes"], f"{origin}, photographs and their index")
 
 
 def _clip() -> Figure:

@@ -87,10 +87,9 @@ def _figure(value: float) -> Figure:
     return Figure(value, "given")
 
 
-def _cluster(gpus: int, nodes: int, *, storage: float = 1e12, cores: float = 1e6) -> Cluster:
-    return Cluster(
-        gpus, nodes, _figure(cores), _figure(100e9), _figure(10e9), _figure(storage), (_figure(1e-6), _figure(1e-5))
-    )
+def _cluster(gpus: int, nodes: int, *, storage: float = 1e12, cores: float = 1e6, network: float = 10e9) -> Cluster:
+    rates = (_figure(cores), _figure(100e9), _figure(network), _figure(storage))
+    return Cluster(gpus, nodes, *rates, (_figure(1e-6), _figure(1e-5)))
 
 
 WORK = Work("x", "images", *map(_figure, (1000.0, 100.0, 2.5e6 * 4, 4000.0, 1e5, 500.0, 1e11)))
@@ -121,6 +120,7 @@ def test_one_gpu_waits_for_nobody():
     ("cluster", "limits", "speeds"),
     [
         (_cluster(8, 2), ("GPUs", "GPUs"), None),
+        (_cluster(8, 2, network=1e8), ("all-reduce", "all-reduce"), None),
         (_cluster(8, 2, storage=1e8), ("GPUs", "storage"), (None, 1e3)),
         (_cluster(8, 2, cores=4), ("decoding", "decoding"), (4000, 4000)),
         (_cluster(8, 2, cores=4, storage=1e8), ("decoding", "storage"), (4000, 1000)),
@@ -141,10 +141,18 @@ def test_the_plan_for_64_gpus_and_where_each_figure_comes_from(tmp_path, capsys)
     first = content["rows"][0]
     assert first["inputs"]["gradients"]["value"] == 4 * 25_557_032  # ResNet-50
     shown = capsys.readouterr().out
-    assert "64 GPUs on 8 nodes; computed, not measured" in shown and "25,557,032 parameters" in shown
-
+    assert "64 GPUs on 8 nodes, computed, not measured" in shown and "25,557,032 parameters" in shown
     newest = json.loads(max(scaling_plan.RESULTS.glob("*-loaders-*.json")).read_text())
     assert first["inputs"]["bytes"]["value"] == newest["mean_bytes"]
+
+
+@pytest.mark.parametrize("arguments", [["--plan"], ["--plan", "--short", "--batch", "32"]])
+def test_the_page_shows_what_the_commands_print(arguments, repository, capsys):
+    run(arguments)
+    page = (repository / "docs/scaling.md").read_text()
+    assert f"fasttrain bench scaling {' '.join(arguments)}`" in page
+    for part in capsys.readouterr().out.split("64 GPUs on 8 nodes, computed, not measured:"):
+        assert part.strip() in page
 
 
 def test_figures_given_stand_in_for_those_known(tmp_path, monkeypatch):
