@@ -158,6 +158,9 @@ def from_dict(content: dict[str, Any], overrides: list[str] | tuple[str, ...] = 
     """
     _no_unknown(content, Recipe, "")
     given = _aliases(overrides)
+    for at, option in enumerate(given):  # read by the parser, which would not weigh it
+        if option.startswith("--config=") or (option == "--config" and at + 1 < len(given)):
+            read_yaml(Path(option.partition("=")[2] or given[at + 1]))
     # the parser would merge a list given twice item by item; here the later one stands alone
     lists = [name for name in ("sources", "rows") if any(re.match(rf"--{name}(=|$)", g) for g in given)]
     content = {k: v for k, v in content.items() if k not in lists}

@@ -267,3 +267,13 @@ def test_recipes_that_are_made_to_harm_are_refused_in_time(text, tmp_path):
         names=("x.yaml", "field", "data.", "name:"),
     )
     assert [o.kind for o in outcomes] == ["refused"], outcomes
+
+
+def test_a_file_of_fields_on_the_command_line_is_weighed_as_a_recipe_is(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("rows:\n  a0: &a0 {x: 1}\n" + "".join(f"  {line}\n" for line in _LAUGHS.splitlines()))
+    for given in (["--config", str(path)], [f"--config={path}"]):
+        with pytest.raises(ValueError, match=r"x\.yaml: with its aliases it has more than"):
+            load(None, given)
+    path.write_text("optim: {lr: 0.125}\n")
+    assert load(None, ["--config", str(path)]).optim.lr == 0.125
