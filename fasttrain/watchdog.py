@@ -127,6 +127,8 @@ class Watchdog:
         """
         if self._store is None:
             return "no other process takes part"
+        if self._said:  # while this process stands still: known already
+            return self._said
         for _ in range(2 * (_SILENT + 1)):
             self._look()
             if self._unreachable or any(seen.gone for seen in self._seen.values()):

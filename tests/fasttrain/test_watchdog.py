@@ -187,14 +187,18 @@ def _rank(rank: int, port: int, queue, what: str, step: int) -> None:
             dog.doing(what, step)
             time.sleep(30)
         except Stalled as error:
-            queue.put((rank, str(error)))
+            begin, said = time.monotonic(), [str(error), dog.late()]
+            queue.put((rank, *said, time.monotonic() - begin))
             time.sleep(1.0)  # all three beats are there until the last has spoken
 
 
 def test_who_waits_for_data_is_named_by_all(fork, store):
     queue = FORK.Queue()
     ranks = [fork(_rank, rank, store.port, queue, "waits for data" if rank == 1 else WAITS, 7) for rank in range(3)]
-    said = dict(queue.get(timeout=20) for _ in range(3))
+    said = {}
+    for _ in range(3):
+        rank, said[rank], again, took = queue.get(timeout=20)
+        assert again == said[rank] and took < 0.1  # it is not looked for again
     late = re.escape(f"rank 1 ({os.uname().nodename}, pid {ranks[1].pid}) waits for data, for ")
     assert set(said) == {0, 1, 2}
     assert all(re.fullmatch(late + r"\d s now, at step 7; ranks 0, 2 wait for it", text) for text in said.values())
