@@ -154,7 +154,15 @@ class SoftLabelFile(Generic[R]):
         self.full = ""  # why nothing more can be written
 
     def known(self, view_B: np.ndarray, index_B: np.ndarray) -> np.ndarray:
-        """Which labels are there, and undamaged: bool [B]."""
+        """Which labels are there, and undamaged: bool [B].
+
+        Raises:
+            CacheError: the file was cut off since it was opened: to read beyond its end through the map would be a signal.
+        """
+        if os.fstat(self._file).st_size < self._size:
+            raise CacheError(
+                f"{self.path} was cut off since it was opened; remove it, and its labels are computed anew"
+            )
         good_B = self._good_KN[view_B, index_B]
         for b in np.flatnonzero(~good_B & (self._seal_KN[view_B, index_B] != 0)):
             view, index = int(view_B[b]), int(index_B[b])

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import zlib
 
 import numpy as np
@@ -88,6 +89,24 @@ def test_labels_of_classes_that_there_are_not_count_as_missing(tmp_path):
         file.write(np.zeros(3, dtype=np.int64), np.arange(3), record_B)
         assert file.known(np.zeros(3, dtype=np.int64), np.arange(3)).tolist() == [True, False, False]
         file.close()
+
+
+def test_soft_labels_that_are_cut_off_while_they_are_used_are_an_error_and_no_signal(tmp_path):
+    path, size = tmp_path / "a.soft", []
+
+    def read(case: int) -> object:
+        file = label_file(path)
+        size.append(path.stat().st_size)
+        if case >= 0:
+            os.truncate(path, (0, 4096, size[0] - 1)[case])
+        try:
+            return file.known(np.zeros(12, dtype=np.int64), _ALL)
+        finally:
+            file.close()
+            path.unlink()
+
+    outcomes = watch(read, range(3), size=1 << 16, names=(path.name,))
+    assert [o.kind for o in outcomes] == ["refused"] * 3, outcomes
 
 
 def test_damaged_centroids_are_refused_or_finite(tmp_path):
