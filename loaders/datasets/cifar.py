@@ -33,6 +33,8 @@ class _ArraysOnly(pickle._Unpickler):
         except KeyError:
             raise pickle.UnpicklingError(f"it names {module}.{name}, and only arrays are expected") from None
 
+    stack: list[Any]
+
     def load_build(self) -> None:
         """Gives an array its shape, type and bytes, and a type its order of bytes; numpy would believe much else."""
         state, made = self.stack.pop(), self.stack[-1]
@@ -49,7 +51,7 @@ class _ArraysOnly(pickle._Unpickler):
             raise pickle.UnpicklingError(f"a {type(made).__name__} has a state that it cannot have")
         made.__setstate__(state)
 
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
 
 
 def _latin1(text: str, encoding: str) -> bytes:
