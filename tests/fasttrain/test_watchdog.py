@@ -102,8 +102,8 @@ def test_a_run_may_go_on_after_it(tmp_path):
 
 
 def _hangs(pipe, folder: Path, how: str) -> None:
-    worker = subprocess.Popen([sys.executable, "-c", "import os, time; print(os.fork(), flush=True); time.sleep(60)"],
-                              stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)  # fmt: skip
+    code = "import os, time; pid = os.fork(); pid and print(pid, flush=True); time.sleep(60)"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     pipe.send([worker.pid, int(worker.stdout.readline())])
     os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
     with _watch(0.5, patience=0.6) as dog:
