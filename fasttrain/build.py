@@ -1,6 +1,7 @@
 """From a recipe to the parts of a run. Every mistake a recipe can hold comes to light here, before anything is written."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 
 from . import ranks
 from .device import choose_compile, choose_dtype, choose_source_dtype, own_device
+from .fetch import data_root
 from .kernels import SoftTargetLoss
 from .loaders import (
     ClipPlan,
@@ -216,8 +218,9 @@ def open_data(recipe: Recipe) -> Dataset:
     out for validation, and the test split stands in for it. Where the recipe makes labels of its own (``pretext.task``,
     ``data.labels``), they are in the place of the data set's."""
     data = recipe.data
+    root = data_root(data, lambda text: print(f"fasttrain: {text}", file=sys.stderr, flush=True))
     dataset = open_dataset(
-        data.name, data.root, val_share=data.val_share, verify=data.verify, split=data.split, decoder=data.decoder
+        data.name, root, val_share=data.val_share, verify=data.verify, split=data.split, decoder=data.decoder
     )
     if recipe.run.protocol == "paper":
         splits = dataset.splits

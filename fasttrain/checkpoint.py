@@ -256,7 +256,7 @@ def same_recipe(stored: dict[str, Any], now: dict[str, Any], folder: Path) -> No
     for name, stored_value, value in _differences(stored, now, ""):
         if name.startswith("run.") and name.removeprefix("run.") in _MAY_DIFFER:
             continue
-        if name in ("data.workers", "data.hw_decoder_load", "data.cache"):
+        if name in ("data.workers", "data.hw_decoder_load", "data.cache", "data.sha256", "data.root"):
             continue
         raise ValueError(
             f"{folder} holds a run with {name} {stored_value!r}, and this one has {value!r}: choose another --name or "

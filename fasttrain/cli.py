@@ -28,12 +28,13 @@ usage: fasttrain COMMAND ...
   export RUN --out FILE|DIR/             the trained target alone: an exported program (.pt2), weights (.safetensors),
                                          ONNX (.onnx), or all of them in a folder, with a model card (--json)
   pack DATASET --root DIR --out FILE     one .beton of images or videos, each of them checked (`fasttrain pack -h`)
+  shard FILE.beton --to FOLDER|URL       a packed file in pieces, for storage that many machines read (`fasttrain shard -h`)
   cache RECIPE [--field value ...]       soft labels ahead of a run (`fasttrain cache -h`)
   table N [--rows PATTERN,..] [--data-root DIR] [--budget full|smoke] [--list] [--field value ...]
                                          a table of the paper, 2 to 8 or fig4: ours beside theirs (`fasttrain table -h`)
   pretext RECIPE [--budget full|smoke] [--probe] [--rows] [--field value ...]
                                          puzzle -> clusters -> pseudo-labels -> target (`fasttrain pretext -h`)
-  bench loaders|video|kernels|sources|transfer|step|clusters|checkpoints [--json FILE]
+  bench loaders|video|kernels|sources|transfer|step|clusters|checkpoints|scaling [--json FILE]
                                              speed beside others' in the same run (`fasttrain bench loaders -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
 
@@ -210,6 +211,15 @@ def _pack(given: list[str]) -> int:
     return packing.main(given)
 
 
+def _shard(given: list[str]) -> int:
+    from . import sharding
+
+    if _asks_help(given):
+        print(sharding.__doc__)
+        return 0
+    return sharding.main(given)
+
+
 def _cache(given: list[str]) -> int:
     from . import recipe
 
@@ -315,7 +325,7 @@ _GOES_ON = {
     "table": "; the same command goes on from the last checkpoint",
     "pretext": "; the same command goes on where it was",
 }
-SUITES = ("checkpoints", "clusters", "kernels", "loaders", "sources", "step", "transfer", "video")
+SUITES = ("checkpoints", "clusters", "kernels", "loaders", "scaling", "sources", "step", "transfer", "video")
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
@@ -324,6 +334,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "probe": _probe,
     "export": _export,
     "pack": _pack,
+    "shard": _shard,
     "cache": _cache,
     "table": _table,
     "pretext": _pretext,

@@ -13,6 +13,7 @@ from .details import condensed
 from .kernels import network_input
 from .loaders.base import LoaderSpec
 from .loaders.order import batches
+from .stragglers import WAITS
 
 
 def evaluate(parts: Parts, target: torch.nn.Module, split: str) -> dict[str, float]:
@@ -61,6 +62,7 @@ def _answers(parts: Parts, target: torch.nn.Module, split: str) -> tuple[Tensor,
                     logits.append(target(network_input(batch.pixels, mean, std)).logits_BK.float())
                 targets.append(batch.targets)
                 index.append(batch.index)
+            its.doing(WAITS)
             if its.agree(interrupts.asked()):
                 interrupts.settle()
                 raise interrupts.Asked

@@ -17,7 +17,7 @@ class Data:
     cache: str | None = None
     """Folder on a disk of this machine's own, where data.root lies elsewhere: shards (`fasttrain shard`) are fetched into it
     once, from a shared file system or from a URL (s3://, gs://, https://, .. as fsspec has them). null: ~/.cache/fasttrain/data
-    for a URL; a path is read where it is."""
+    for a URL or a list of shards; a plain .beton is read where it is."""
     sha256: str = ""
     """SHA-256 of the list of shards (`fasttrain shard` prints it), to insist on; needed where data.root is a URL."""
     split: int = 1

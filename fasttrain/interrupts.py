@@ -62,12 +62,11 @@ def held(*, firm: bool = False) -> Iterator[None]:
 
 @contextmanager
 def ends_cleanly() -> Iterator[None]:
-    """Where nothing holds them back, SIGTERM and SIGUSR1 raise :class:`Preempted` in the block, as Ctrl-C raises
-    KeyboardInterrupt, instead of ending the process."""
+    """Where nothing holds them back, Ctrl-C, SIGTERM and SIGUSR1 raise :class:`Preempted` in the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _raise_preempted) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, _raise_preempted) for number in _SIGNALS}
     try:
         yield
     finally:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .watchdog import Stalled
+
 T = TypeVar("T")
 _DAYS = timedelta(days=30)  # the first process may compute labels that the others wait for; if it dies, they hear of it
 
@@ -37,12 +39,14 @@ class Ranks:
         late: says which process is late, for messages.
         store: what the processes share; None of one alone.
         doing: notes what this process does, for the others and for whoever watches.
+        idle: notes that this process waits for something that may take long.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, local: int = 0, local_count: int = 1) -> None:
         self.rank, self.count, self.local, self.local_count = rank, count, local, local_count
         self.late: Callable[[], str] = lambda: ""
         self.doing: Callable[[str], None] = lambda what: None
+        self.idle: Callable[[], None] = lambda: None
         self.store: dist.Store | None = None
         self._talk: Any = None  # the group that agrees, with run.timeout
         self._wait: Any = None  # the group that waits for what the first process does alone
@@ -86,20 +90,24 @@ class Ranks:
         """
         if not self.several:
             return what()
-        told: list[Any] = [None, None]
+        self.idle()
+        mistake: ValueError | OSError | None = None
+        told: list[Any] = [None, "", ""]  # result, what went wrong, and in which words
         if self.first:
             try:
                 with _alone():
                     told[0] = what()
             except (ValueError, OSError) as error:
-                told[1] = error
+                mistake, told[1:] = error, ["mistake", str(error)]
             except BaseException:
-                self._do(lambda: self._send([None, RuntimeError("the first process has failed")]))
+                self._do(lambda: self._send([None, "end", ""]))
                 raise
-        told = self._do(lambda: self._send(told))
-        if told[1] is not None:
-            raise told[1] if self.first else Elsewhere(str(told[1]))
-        return told[0]
+        result, wrong, text = self._do(lambda: self._send(told))
+        if mistake is not None:
+            raise mistake
+        if wrong:
+            raise Elsewhere(text) if wrong == "mistake" else Lost("the first process has ended")
+        return result
 
     def same(self, what: Callable[[], T]) -> T:
         """What every process does for itself; a mistake that one of them meets, all raise.
@@ -114,7 +122,8 @@ class Ranks:
             result = what()
         except (ValueError, OSError) as error:
             mistake = error
-        said = self._do(lambda: self._gathered(None if mistake is None else str(mistake)))
+        text = None if mistake is None else str(mistake)
+        said = self._do(lambda: self._gathered(text, self._wait))  # one may fetch data that another has already
         if mistake is not None:
             raise mistake
         for rank, text in enumerate(said):
@@ -151,7 +160,7 @@ class Ranks:
 
     def all(self, value: T) -> list[T]:
         """Every process's value, in the order of ranks."""
-        return self._do(lambda: self._gathered(value)) if self.several else [value]
+        return self._do(lambda: self._gathered(value, self._talk)) if self.several else [value]
 
     def barrier(self) -> None:
         """Waits until all processes are here."""
@@ -161,14 +170,16 @@ class Ranks:
         dist.broadcast_object_list(content, src=0, group=self._wait)
         return content
 
-    def _gathered(self, value: Any) -> list[Any]:
+    def _gathered(self, value: Any, group: Any) -> list[Any]:
         out = [None] * self.count
-        dist.all_gather_object(out, value, group=self._talk)
+        dist.all_gather_object(out, value, group=group)
         return out
 
     def _do(self, what: Callable[[], T]) -> T:
         try:
             return what()
+        except Stalled:
+            raise
         except RuntimeError as error:
             raise self.lost(error) from None
 
@@ -246,7 +257,9 @@ def joined(timeout: float, cuda: bool) -> Iterator[Ranks]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=within)
         out.store = dist.distributed_c10d._get_default_store()
         out._talk = dist.new_group(backend="gloo", timeout=within)
-        out._wait = dist.new_group(backend="gloo", timeout=_DAYS)
+        out._wait = dist.new_group(backend="gloo", timeout=within)
+        dist.barrier(group=out._wait)
+        _be_patient(out._wait)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise Lost(f"not all {out.count} processes met at {place}: {' '.join(str(error).split())[:200]}") from None
@@ -256,6 +269,12 @@ def joined(timeout: float, cuda: bool) -> Iterator[Ranks]:
     finally:
         _HERE = before
         _leave()
+
+
+def _be_patient(group: Any) -> None:
+    """From now on, when all have met, processes of this group wait for one another as long as it takes."""
+    public = getattr(dist, "set_timeout", None)  # newer than the oldest PyTorch that will do
+    (public or dist.distributed_c10d._set_pg_timeout)(_DAYS, group)
 
 
 def _leave() -> None:

@@ -45,7 +45,7 @@ def chosen_indices(path: Path, train_N: np.ndarray) -> np.ndarray:
         lines = path.read_text().split()
         index_M = np.sort(np.array([int(line) for line in lines], dtype=np.int64))
     except (OSError, ValueError, OverflowError) as error:
-        raise ValueError(f"data.indices: cannot read {path}: {error}") from None
+        raise ValueError(f"data.indices: cannot read {path}: {str(error)[:160]}") from None
     if not len(index_M):
         raise ValueError(f"data.indices: {path} names no sample")
     outside = np.setdiff1d(index_M, train_N)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .build import Parts
 from .cosine import gradient_cosines
@@ -193,5 +193,5 @@ def _parts_of(
         yield from zip(batch.pixels.split(list(sizes)), batch.targets.split(list(sizes)), softs, strict=True)
 
 
-def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+def _parameters(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimiser.param_groups for p in group["params"]]

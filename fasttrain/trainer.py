@@ -34,6 +34,8 @@ from .step import Stepper
 from .watchdog import Watchdog
 from .writer import CheckpointWriter
 
+_SLACK = 10.0  # times run.timeout that a first step may take
+
 
 @dataclass(frozen=True)
 class _Ready:
@@ -115,6 +117,7 @@ class Trainer:
             except interrupts.Asked:
                 raise self._preempted() from None
             finally:
+                self.ranks.doing("writes a checkpoint")
                 self.writer.close()
                 self.log.close()
                 self.stepper.close()
@@ -135,11 +138,16 @@ class Trainer:
             folder=self.folder,
         )
         with watchdog:
-            its.doing, its.late = (lambda what: watchdog.doing(what, self.step)), watchdog.late
+            first = self.step + 2  # steps that are compiled
+
+            def doing(what: str) -> None:
+                watchdog.doing(what, self.step, slack=_SLACK if self.step < first else 1.0)
+
+            its.doing, its.idle, its.late = doing, watchdog.idle, watchdog.late
             try:
                 yield
             finally:
-                its.doing, its.late = (lambda what: None), (lambda: "")
+                its.doing, its.idle, its.late = (lambda what: None), (lambda: None), (lambda: "")
 
     def _make_folder(self) -> None:
         for place in (self.folder, self.checkpoints):
