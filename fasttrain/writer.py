@@ -107,7 +107,7 @@ class CheckpointWriter:
         """Returns when all that was asked for is on the disk.
 
         Raises:
-            OSError: something could not be written, in an attempt made since this was called.
+            OSError: something could not be written, in an attempt made since this was called; its text is a sentence.
             RuntimeError: the thread that writes has ended on an error.
         """
         with self._changed:
@@ -115,7 +115,7 @@ class CheckpointWriter:
             self._changed.wait_for(lambda: self._ended or (self._writing is None and self._settled()))
             self._insist_alive()
             if self._waiting and self._error is not None:
-                raise self._error
+                raise self._not_written(self._waiting[0].name, self._error)
 
     def close(self) -> None:
         """Tries once more to write what waits, and ends the thread; what could not be written has been reported."""
@@ -195,8 +195,7 @@ class CheckpointWriter:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT) and self._make_room():
                     continue
                 self._report(
-                    f"WARNING: cannot write {path} ({error.strerror or error}; {self._free()} free in {self._folder}): "
-                    "the training goes on, and it is tried again"
+                    f"WARNING: cannot write {path} ({self._why(error)}): the training goes on, and it is tried again"
                 )
                 return error
 
@@ -215,6 +214,14 @@ class CheckpointWriter:
 
         checkpoint.write(path, state, ready=put_aside)
         self._present = step
+
+    def _not_written(self, name: str, error: OSError) -> OSError:
+        text = f"run.dir: cannot write {self._folder / name} ({self._why(error)}); "
+        if self._present is not None:
+            text += f"the last checkpoint is of step {self._present}: "
+        out = OSError(f"{text}make room, and the same command goes on")
+        out.errno = error.errno
+        return out
 
     def _know_present(self) -> bool:
         """Whether last.pt is whole; one that another process wrote is read once."""
@@ -242,6 +249,9 @@ class CheckpointWriter:
             self._report(f"WARNING: cannot remove {path} ({error.strerror or error})")
             return False
         return True
+
+    def _why(self, error: OSError) -> str:
+        return f"{error.strerror or error}; {self._free()} free in {self._folder}"
 
     def _free(self) -> str:
         try:

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -54,9 +55,16 @@ class Run:
         return [pid for pid in _pids() if _session(pid) in sessions and _state(pid) != "Z"]
 
 
-def start(folder: Path, *arguments: str, ranks: int = 1, elsewhere: Path | None = None, **environment: str) -> Run:
+def start(
+    folder: Path,
+    *arguments: str,
+    ranks: int = 1,
+    elsewhere: Path | None = None,
+    before: Callable[[], object] | None = None,
+    **environment: str,
+) -> Run:
     """Starts ``fasttrain`` with these arguments in ``folder``, as ``torchrun`` would with several ranks; all but the first rank
-    in ``elsewhere``, if given."""
+    in ``elsewhere``, if given. Each process calls ``before``, which can be pickled, before anything else."""
     processes, outputs = [], []
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
     for rank in range(ranks):
@@ -65,7 +73,13 @@ def start(folder: Path, *arguments: str, ranks: int = 1, elsewhere: Path | None 
         out.touch()
         process = _CONTEXT.Process(
             target=_run,
-            args=(str(elsewhere if elsewhere and rank else folder), list(arguments), {**its, **environment}, str(out)),
+            args=(
+                str(elsewhere if elsewhere and rank else folder),
+                list(arguments),
+                {**its, **environment},
+                str(out),
+                before,
+            ),
         )
         process.start()
         processes.append(process)
@@ -81,7 +95,13 @@ def run(folder: Path, *arguments: str, ranks: int = 1, seconds: float = 120, **e
     return out
 
 
-def _run(folder: str, arguments: list[str], environment: dict[str, str], out: str) -> None:
+def _run(
+    folder: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    out: str,
+    before: Callable[[], object] | None,
+) -> None:
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)
@@ -90,6 +110,8 @@ def _run(folder: str, arguments: list[str], environment: dict[str, str], out: st
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
+    if before is not None:
+        before()
     from fasttrain.cli import main
 
     code = main(arguments)
