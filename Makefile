@@ -3,16 +3,18 @@
 #   make test    everything that CI runs: lint, types, tests
 #   make methods KD, DML, MAXL and SSKT beside each other on two small data sets, on a CPU (docs/methods.md)
 #   make pretext puzzles, clusters and pseudo-labels on the same two data sets, on a CPU (docs/pretext.md)
+#   make faults  kills the demo 200 times, on one process and on two, and compares it with an undisturbed run (docs/runs.md)
 #   make venv    only the environment for the tests        make lint    ruff and mypy
 #   make docs    docs made from the code and from results  make gpu     tests and benchmarks that need a CUDA device
 
 .DELETE_ON_ERROR:
-.PHONY: demo methods pretext test venv lint docs gpu clean
+.PHONY: demo methods pretext faults test venv lint docs gpu clean
 
 VENV := .venv
 PY ?= $(abspath $(VENV)/bin/python)
 SETUP := pyproject.toml setup.py scripts/venv.sh
 DEMO_ARGS ?=
+FAULTS_ARGS ?=
 TEST_ARGS ?=
 # the folder of Fashion-MNIST's idx files (Debian: apt-get install dataset-fashion-mnist)
 FASHION ?= /usr/share/datasets/fashion-mnist
@@ -35,6 +37,9 @@ methods: $(VENV)/.demo-ready
 pretext: $(VENV)/.demo-ready
 	$(VENV)/bin/fasttrain pretext pretext --probe
 	$(VENV)/bin/fasttrain pretext pretext-fashion --probe --data.root $(FASHION)
+
+faults: $(VENV)/.test-ready
+	$(VENV)/bin/python -m tests.faults.kills $(FAULTS_ARGS)
 
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 $(TEST_ARGS)

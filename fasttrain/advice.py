@@ -9,13 +9,17 @@ def advise(share: dict[str, float], recipe: Recipe, loader: str, *, recalled: bo
     """Names the part that holds the target up most, and what to do about it; empty where nothing does.
 
     Args:
-        share: of the time, in percent: ``data``, ``sources``, ``target``, ``optimiser``, ``other``.
+        share: of the time, in percent: ``data``, ``sources``, ``target``, ``processes``, ``optimiser``, ``other``.
         recipe: that runs.
         loader: its name.
         recalled: whether soft labels are recalled.
         compiled: whether the step is.
     """
-    data, sources = share.get("data", 0.0), share.get("sources", 0.0)
+    data, sources, others = (share.get(part, 0.0) for part in ("data", "sources", "processes"))
+    if others >= max(data, sources, _WORTH):
+        return (
+            f"waits {others:.0f} % for the other processes: try a larger data.batch; the slowest of them sets the pace"
+        )
     if max(data, sources) < _WORTH:
         if share.get("optimiser", 0.0) + share.get("other", 0.0) > 4 * _WORTH and not compiled:
             return "the steps are small: try a larger data.batch, or run.compile graphs on a GPU"

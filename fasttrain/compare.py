@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -158,8 +158,8 @@ def run(
         )
     side_by_side = min(recipe.run.parallel, len(jobs))
     set_up(recipe.run, own_device(recipe.run.device))
-    with locked(root) if its.first else nullcontext():
-        its.same(lambda: None)  # that the first process has the folder for itself, and that all are here
+    with ExitStack() as stack:
+        its.same(lambda: stack.enter_context(locked(root)) if its.first else None)  # and all are here
         summaries = run_jobs(jobs, root / "recall", watch, parallel=side_by_side)
 
         def finish() -> dict[str, Any]:

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from . import kernels
 from .device import choose_compile, choose_device, choose_dtype, choose_source_dtype, cpu_name
@@ -51,6 +52,7 @@ def examine() -> dict[str, Any]:
             "live sources": _sources(device, dtype),
             "compiled step": "{} ({})".format(*choose_compile("auto", device)),
             "optimiser": "torch.optim.SGD(fused=True)",
+            "several processes": _processes(device.type),
         },
         "optional": {part: dict(zip(("works", "note"), available(part), strict=True)) for part in OPTIONAL},
     }
@@ -61,6 +63,17 @@ def _sources(device: torch.device, dtype: torch.dtype) -> str:
     precision = str(choose_source_dtype("auto", dtype, device)).removeprefix("torch.")
     how = "compiled, or a CUDA graph, in a stream of their own" if device.type == "cuda" else "batch norms folded"
     return f"{precision}, {how}"
+
+
+def _processes(device: str) -> str:
+    """Over what they add up gradients, and agree."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        return "none: this PyTorch has no Gloo"
+    if device == "cuda":
+        return (
+            "gradients over NCCL, the rest over Gloo" if dist.is_nccl_available() else "none: this PyTorch has no NCCL"
+        )
+    return "Gloo"
 
 
 def _loaders(device: str) -> str:

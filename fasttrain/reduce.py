@@ -207,9 +207,9 @@ class RunningStatistics:
         if self._sum and parts > 1:
             torch._foreach_div_(self._sum, float(parts))
         _copy(self.values, self._sum)
-        _copy(self.counters, self._counts)
-        if self._counts:
-            torch._foreach_add_(self.counters, 1)
+        if self._counts:  # one step, however many parts
+            limits = torch._foreach_add(self._counts, 1)
+            _copy(self.counters, limits) if not losses else torch._foreach_minimum_(self.counters, limits)
         return dict(zip(losses, tail.clone().unbind(), strict=False))
 
     def keep_if_finite(self, measure: Tensor) -> None:

@@ -382,7 +382,7 @@ class Trainer:
         )
         return ValueError(
             f"{what}; {back}. optim.lr {self.recipe.optim.lr:g} may be too high: try a lower one, warmup_epochs or clip_norm; or "
-            f"run.skip_nonfinite {self.guard.left_out + 1} leaves such steps out"
+            f"run.skip_nonfinite {max(self.guard.left_out, 1)} leaves such steps out"
         )
 
     def _batch_at(self, where: Where) -> list[int]:

@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -41,6 +42,7 @@ _ALONE = {
     "waits for sources": "the sources have given no soft labels for {s:.0f} s (step {step})",
     "computes": "step {step} has been computing for {s:.0f} s",
     "writes a checkpoint": "a checkpoint has been on its way to the disk for {s:.0f} s (step {step})",
+    "ends": "its loaders and files have been closing for {s:.0f} s (step {step})",
     "evaluates": "an evaluation has not come further for {s:.0f} s (step {step})",
 }
 
@@ -193,8 +195,11 @@ class Watchdog:
                 signal.pthread_kill(self._main, self._signal)
 
     def _stop_main(self, number: int, frame: Any) -> None:
-        """The signal's handler, in the main thread: raises, unless that went on in the meantime."""
+        """The signal's handler, in the main thread: raises, unless that went on in the meantime, or is tidied up after a first
+        one, which a second would hide."""
         stalled, self._stalled = self._stalled, None
+        if isinstance(sys.exc_info()[1], Stalled):
+            return
         if stalled is not None and stalled is self._now and not self._closing.is_set():
             self._raised = stalled
             raise Stalled(self._said)

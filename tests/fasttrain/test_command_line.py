@@ -130,7 +130,7 @@ def test_damaged_checkpoint(fasttrain, tmp_path):
 def test_other_mistakes(fasttrain, tmp_path):
     refused(
         fasttrain("trian"),
-        "there is no command 'trian'; there are train, describe, eval, probe, export, pack, cache, table, pretext, bench, doctor",
+        "there is no command 'trian'; there are train, describe, eval, probe, export, pack, shard, cache, table, pretext, bench, doctor",
     )
     refused(fasttrain("train"), "train needs a recipe")
     refused(fasttrain("train", "nothing"), "no packaged recipe is called 'nothing'")
@@ -196,7 +196,7 @@ def test_bench_kernels(fasttrain, tmp_path):
     assert ours["relative_to"]["eager, B=8 C=20"] == pytest.approx(eager["ms"] / ours["ms"])
     assert ours["copy_share"] == pytest.approx(ours["floor_ms"] / ours["ms"]) and len(ours["repeats"]) >= 3
     for wrong, message in (
-        (("kernel",), "bench needs a suite, not 'kernel'; there are clusters, kernels"),
+        (("kernel",), "bench needs a suite, not 'kernel'; there are checkpoints, clusters, kernels"),
         (("kernels", "--batch", "0"), "numbers must be above 0"),
         (("kernels", "--dtype", "int8"), "invalid choice"),
         (("kernels", "--fast"), "--fast"),

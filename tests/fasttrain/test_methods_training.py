@@ -181,9 +181,9 @@ def test_each_pass_of_maxl_trains_one_network(small, order, monkeypatch):
         }
         changed.append((trainer.number, differ))
 
-    def step(ready) -> None:
+    def step(ready) -> int:
         seen.append((trainer.number, ready.batch.index.tolist(), ready.batch.pixels.clone()))
-        take_step(ready)
+        return take_step(ready)
 
     monkeypatch.setattr(trainer, "_train_pass", watched)
     monkeypatch.setattr(trainer, "_take_step", step)

@@ -321,6 +321,9 @@ def test_advice(small):
     assert "hw_decoder_load" in said({"data": 31.0}, loader="dali")
     assert "data.views 4" in said({"sources": 31.0}, "--data.views", "0")
     assert "fasttrain cache" in said({"sources": 31.0}, recalled=True)
+    assert said({"processes": 31.0, "data": 12.0}).startswith(
+        "waits 31 % for the other processes: try a larger data.batch"
+    )
     for name in re.findall(r"(?:data|transfer|run|optim)\.\w+", text):
         assert name in all_fields()
 

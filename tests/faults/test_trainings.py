@@ -12,10 +12,9 @@ from fasttrain import checkpoint
 
 from . import disks, hooks, processes
 from .kills import _compare as insist_on_same
-from .trainings import CHECKPOINTS, SCRATCH, ask_group, ended, has_lines, kept_all, sentence, stop, tidy, until
+from .trainings import CHECKPOINTS, SCRATCH, SLOWLY, ask_group, ended, has_lines, kept_all, sentence, stop, tidy, until
 
 MOUNTS = disks.may_mount()
-SLOWLY = partial(hooks.slow_steps, 0.03)
 
 
 @pytest.fixture(params=["tmpfs", "limit"] if MOUNTS else ["limit"])

@@ -5,11 +5,12 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fasttrain import checkpoint
 
-from . import processes
+from . import hooks, processes
 
 SMALL = (
     *("smoke", "--run.tensorboard", "false", "--run.log_every", "1", "--data.labelled", "60", "--data.size", "12"),
@@ -18,6 +19,7 @@ SMALL = (
 SCRATCH = (*SMALL, "--method.name", "scratch", "--optim.epochs", "8")
 """32 steps from labels alone."""
 CHECKPOINTS = Path("runs/smoke/checkpoints")
+SLOWLY = partial(hooks.slow_steps, 0.03)
 
 
 def until(holds: Callable[[], object], run: processes.Run, seconds: float = 60) -> None:
