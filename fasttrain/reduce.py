@@ -208,7 +208,7 @@ class RunningStatistics:
             torch._foreach_div_(self._sum, float(parts))
         _copy(self.values, self._sum)
         if self._counts:  # one step, however many parts
-            limits = torch._foreach_add(self._counts, 1)
+            limits = list(torch._foreach_add(self._counts, 1))
             _copy(self.counters, limits) if not losses else torch._foreach_minimum_(self.counters, limits)
         return dict(zip(losses, tail.clone().unbind(), strict=False))
 

@@ -15,6 +15,7 @@ heard of.
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -32,6 +33,7 @@ from torch.distributed import Store
 from .stragglers import Seen, sentence
 
 EXIT_CODE = os.EX_TEMPFAIL  # 75: the same command is worth another try
+_FIRST_TURN = 0.05  # seconds
 _SILENT = 3  # beats in a row that have to fail to come
 _KEPT = (b"resource_tracker", b"torch_shm_manager")  # children that tidy up shared memory, and end by themselves
 
@@ -161,7 +163,7 @@ class Watchdog:
     def _watch(self) -> None:
         """The thread: counts how long the present activity has taken, in turns."""
         activity, before, deadline, extended = None, time.monotonic(), 0.0, False
-        while not self._closing.wait(self._interval):
+        while not self._closing.wait(self._turn()):
             now = time.monotonic()
             turn, before = min(now - before, 2 * self._interval), now  # a process that slept has not been late
             if self._now is not activity:
@@ -169,6 +171,8 @@ class Watchdog:
             elif activity is not None:
                 self._age += turn
             self._beat()
+            if not self._met():
+                self._look()
             if activity is None:
                 continue
             limit = self._seconds * activity[2]
@@ -183,6 +187,13 @@ class Watchdog:
                 deadline, extended = self._age + self._patience, True
             elif self._age > deadline:
                 self._end(activity)
+
+    def _turn(self) -> float:
+        """Seconds to the next turn: short ones until the others are known, to have their numbers should the store die."""
+        return self._interval if self._met() else min(_FIRST_TURN * 2 ** min(self._number, 20), self._interval)
+
+    def _met(self) -> bool:
+        return self._store is None or sum(seen.beat is not None for seen in self._seen.values()) == self._ranks - 1
 
     def _tell(self, activity: _Activity) -> None:
         self._said = self._who() if self._store is not None else self._alone(activity)
@@ -247,9 +258,9 @@ class Watchdog:
         with self._look_lock:
             beats, now = self._read(self._store), time.monotonic()
             self._unreachable = beats is None
-            if beats is not None:
-                for rank in self._others():
-                    self._seen.setdefault(rank, Seen(None, now)).look(beats.get(rank), now, self._me)
+            for rank in self._others():
+                seen = self._seen.setdefault(rank, Seen(None, now))
+                seen.look(seen.beat if beats is None else beats.get(rank), now, self._me)
 
     def _read(self, store: Store) -> dict[int, dict[str, Any]] | None:
         """The others' beats, or None if the store does not answer, twice: a beat may be taken away while it is asked for."""
@@ -269,8 +280,15 @@ class Watchdog:
         now = time.monotonic()
         with self._look_lock:
             seen = {rank: Seen(None, now) for rank in self._others()} | self._seen
-        said = sentence(seen | {self._rank: Seen(self._mine(), now)}, now, silent=_SILENT * self._interval)
-        return f"the processes' store does not answer: who keeps it has ended; {said}" if self._unreachable else said
+        if self._unreachable:  # what the others do is not known any more, but for those of this machine that are dead
+            gone = {rank: its for rank, its in seen.items() if its.gone}
+            if gone:
+                return f"{sentence(gone, now, silent=math.inf)}; the processes' store does not answer"
+            return (
+                "the processes' store does not answer: who keeps it, the first process or torchrun, has ended or cannot be "
+                "reached"
+            )
+        return sentence(seen | {self._rank: Seen(self._mine(), now)}, now, silent=_SILENT * self._interval)
 
 
 def _key(rank: int) -> str:

@@ -130,7 +130,8 @@ def test_damaged_checkpoint(fasttrain, tmp_path):
 def test_other_mistakes(fasttrain, tmp_path):
     refused(
         fasttrain("trian"),
-        "there is no command 'trian'; there are train, describe, eval, probe, export, pack, shard, cache, table, pretext, bench, doctor",
+        "there is no command 'trian'; there are train, describe, eval, probe, export, pack, shard, cache, table, pretext, bench, "
+        "doctor",
     )
     refused(fasttrain("train"), "train needs a recipe")
     refused(fasttrain("train", "nothing"), "no packaged recipe is called 'nothing'")

@@ -257,7 +257,7 @@ def test_a_store_that_is_gone_is_told(fork):
         process.kill()
         process.join()
         assert dog.late() == (
-            "the processes' store does not answer: who keeps it has ended; rank 1 has not been heard of"
+            "the processes' store does not answer: who keeps it, the first process or torchrun, has ended or cannot be reached"
         )
 
 

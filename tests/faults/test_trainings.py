@@ -100,7 +100,7 @@ def test_a_folder_that_can_only_be_read(tmp_path, undisturbed, ranks):
     runs.mkdir()
     start = partial(processes.start, tmp_path, "train", *SCRATCH, ranks=ranks)
     for mounted in (False, True) if MOUNTS else (False,):
-        for folder in (runs, runs / "smoke", runs / "smoke/checkpoints"):
+        for folder in (runs, runs / "smoke"):
             if folder.is_dir():
                 with disks.read_only(folder) if mounted else _forbidden(folder):
                     run = start(before=None if mounted else hooks.obeyed_permissions)
