@@ -24,12 +24,14 @@ class FiniteGuard:
     """Looks at the norm of each step's gradient.
 
     On a GPU the host does not wait for the answer: the optimiser's kernel leaves the step out by itself, and the host hears of
-    it a few steps later.
+    it a few steps later. It waits at an optimiser's first step alone: PyTorch's kernel would leave that out, too, but keep the
+    memory of a momentum that was never written.
 
     Args:
         device: of the gradients.
         allowed: steps to leave out, in the whole run.
-        tell: called for each step that was left out and is allowed, with its place and how many there have been.
+        tell: called for each step that was left out and is allowed, with its place, how many there have been, and whether
+            :meth:`step` has returned without knowing.
         stop: makes what is raised for one too many.
     """
 
@@ -38,7 +40,7 @@ class FiniteGuard:
         device: torch.device,
         *,
         allowed: int,
-        tell: Callable[[Where, int], None],
+        tell: Callable[[Where, int, bool], None],
         stop: Callable[[Where], Exception],
     ) -> None:
         self._cuda = device.type == "cuda"
@@ -46,19 +48,21 @@ class FiniteGuard:
         self.left_out = 0
         self._waiting: deque[tuple[Where, Tensor, Any]] = deque()
 
-    def step(self, optimiser: torch.optim.Optimizer, measure: Tensor, where: Where) -> bool:
-        """Takes the optimiser's step if ``measure``, a scalar, is finite; whether it was taken, as far as the host knows.
+    def step(self, optimiser: torch.optim.Optimizer, measure: Tensor, where: Where) -> bool | Tensor:
+        """Takes the optimiser's step if ``measure``, a scalar, is finite; whether it was taken: where only the device knows, as
+        a tensor there.
 
         Raises:
             Exception: what ``stop`` makes.
         """
-        if not self._cuda:
+        if not self._cuda or _has_to_begin(optimiser):
             if bool(torch.isfinite(measure)):
                 optimiser.step()
                 return True
-            self._found(where)
+            self._found(where, False)
             return False
-        bad = (~torch.isfinite(measure)).float()
+        good = torch.isfinite(measure)
+        bad = (~good).float()
         if hasattr(optimiser, "_step_supports_amp_scaling"):
             optimiser.grad_scale, optimiser.found_inf = None, bad  # type: ignore[attr-defined]
             optimiser.step()
@@ -71,7 +75,7 @@ class FiniteGuard:
         event.record()
         self._waiting.append((where, flag, event))
         self.settle(_BEHIND)
-        return True
+        return good
 
     def settle(self, behind: int = 0) -> None:
         """Hears of all steps but the last ``behind``."""
@@ -79,10 +83,15 @@ class FiniteGuard:
             where, flag, event = self._waiting.popleft()
             event.synchronize()
             if flag:
-                self._found(where)
+                self._found(where, True)
 
-    def _found(self, where: Where) -> None:
+    def _found(self, where: Where, late: bool) -> None:
         self.left_out += 1
         if self.left_out > self._allowed:
             raise self._stop(where)
-        self._tell(where, self.left_out)
+        self._tell(where, self.left_out, late)
+
+
+def _has_to_begin(optimiser: torch.optim.Optimizer) -> bool:
+    """Whether its next step is the first that makes a momentum."""
+    return not optimiser.state and any(group["momentum"] for group in optimiser.param_groups)
