@@ -43,7 +43,7 @@ def guarded_steps(
     guard = FiniteGuard(
         torch.device(device),
         allowed=1,
-        tell=lambda where, so_far: heard.append((where.step, so_far, now)),
+        tell=lambda where, so_far, late: heard.append((where.step, so_far, now)),
         stop=lambda where: ValueError(f"step {where.step}"),
     )
     for now in range(first, count):
@@ -87,7 +87,7 @@ def stops_at_one_too_many(device: str) -> None:
     guard = FiniteGuard(
         torch.device(device),
         allowed=0,
-        tell=lambda where, so_far: pytest.fail("none is allowed"),
+        tell=lambda where, so_far, late: pytest.fail("none is allowed"),
         stop=lambda where: ValueError(f"step {where.step}"),
     )
     with pytest.raises(ValueError, match=r"^step 0$"):
