@@ -9,6 +9,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from . import interrupts
 from .files import write_whole
+from .recipe import Recipe
 from .torch_files import HoldsCode, read_torch
 
 FORMAT = 2  # 1 had no checksum, and is still read
@@ -244,16 +246,17 @@ _MAY_DIFFER = {
     "tensorboard",
     "checkpoint_every",
 }
-_MAY_DIFFER |= {"checkpoint_steps", "keep", "timeout"}
+_MAY_DIFFER |= {"checkpoint_steps", "keep", "timeout", "skip_nonfinite"}
 
 
 def same_recipe(stored: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Insists that a run goes on with the recipe it began with; where it runs and what it logs may differ.
+    """Insists that a run goes on with the recipe it began with; where it runs and what it logs may differ. A field that
+    there was not when it began counts as what it is by default.
 
     Raises:
         ValueError: with the first field that differs.
     """
-    for name, stored_value, value in _differences(stored, now, ""):
+    for name, stored_value, value in _differences(_with_defaults(stored, asdict(Recipe())), now, ""):
         if name.startswith("run.") and name.removeprefix("run.") in _MAY_DIFFER:
             continue
         if name in ("data.workers", "data.hw_decoder_load", "data.cache", "data.sha256", "data.root"):
@@ -262,6 +265,12 @@ def same_recipe(stored: dict[str, Any], now: dict[str, Any], folder: Path) -> No
             f"{folder} holds a run with {name} {stored_value!r}, and this one has {value!r}: choose another --name or "
             "--run.dir, or remove the folder"
         )
+
+
+def _with_defaults(stored: Any, default: Any) -> Any:
+    if not isinstance(stored, dict) or not isinstance(default, dict):
+        return stored
+    return default | {key: _with_defaults(value, default.get(key)) for key, value in stored.items()}
 
 
 def _differences(a: Any, b: Any, name: str):

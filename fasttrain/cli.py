@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command is None:
             raise ValueError(f"there is no command {given[0]!r}; there are {', '.join(COMMANDS)}")
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1 and given[0] not in _SEVERAL:
+        if _processes() > 1 and given[0] not in _SEVERAL:
             several = ", ".join(_SEVERAL)
             raise ValueError(
                 f"{given[0]} runs in one process, not in {os.environ['WORLD_SIZE']} (WORLD_SIZE); {several} may"
@@ -75,15 +75,28 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("FASTTRAIN_TRACEBACK") or not (isinstance(error, ValueError | OSError) or _again(error)):
             raise
-        who = "" if not _rank() else f"process {_rank()}: "
-        if type(error).__name__ != "Elsewhere" or not _rank():  # the process that met it says it, and the first one
+        rank = int(text) if (text := os.environ.get("RANK") or "0").isdecimal() else 0
+        who = "" if not rank else f"process {rank}: "
+        if type(error).__name__ != "Elsewhere" or not rank:  # the process that met it says it, and the first one
             print(f"fasttrain: error: {who}{' '.join(str(error).split())}", file=sys.stderr)
         return TRY_AGAIN if _again(error) else 2
 
 
 def _rank() -> int:
     """Of this process, as ``torchrun`` says; 0 of one alone."""
-    return int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
+    return int(os.environ.get("RANK") or 0) if _processes() > 1 else 0
+
+
+def _processes() -> int:
+    """Of the run, as ``torchrun`` says.
+
+    Raises:
+        ValueError: no number.
+    """
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not (text.isdecimal() and (os.environ.get("RANK") or "0").isdecimal()):
+        raise ValueError(f"WORLD_SIZE and RANK are {text!r} and {os.environ.get('RANK')!r}, not numbers")
+    return int(text)
 
 
 def _again(error: Exception) -> bool:
@@ -233,7 +246,7 @@ def _cache(given: list[str]) -> int:
     name, rest = _name(given)
     if name is None:
         raise ValueError("cache needs a recipe: a packaged name such as demo, or a YAML file")
-    what, its_part = recipe.load(name, rest), _part(part) if part else (_rank(), int(os.environ.get("WORLD_SIZE") or 1))
+    what, its_part = recipe.load(name, rest), _part(part) if part else (_rank(), _processes())
     from rich.console import Console
 
     from . import caching, show

@@ -31,7 +31,11 @@ def choose_device(name: str) -> torch.device:
 def own_device(name: str) -> torch.device:
     """The device of this process: as :func:`choose_device`, but with several on a machine each has a GPU of its own."""
     device, its = choose_device(name), ranks.here()
-    if its.several and device.type == "cuda" and device.index is None:
+    if its.several and device.type == "cuda":
+        if device.index is not None:
+            raise ValueError(
+                f"run.device: {name} is one GPU, and here are {its.count} processes; set it to cuda or auto"
+            )
         return torch.device("cuda", its.local % torch.cuda.device_count())
     return device
 
@@ -74,6 +78,8 @@ def set_up(run: Run, device: torch.device) -> None:
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // its.local_count, 1))
     torch.set_flush_denormal(True)
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     else:
         keep_memory()

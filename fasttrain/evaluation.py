@@ -55,6 +55,7 @@ def _answers(parts: Parts, target: torch.nn.Module, split: str) -> tuple[Tensor,
     logits, targets, index = [], [], []
     with interrupts.held(), closing(parts.loaders[split]) as loader:
         loader.set_epoch(0)
+        its.doing("waits for data")
         for batch in loader:
             its.doing("evaluates")
             if len(batch):
@@ -62,10 +63,12 @@ def _answers(parts: Parts, target: torch.nn.Module, split: str) -> tuple[Tensor,
                     logits.append(target(network_input(batch.pixels, mean, std)).logits_BK.float())
                 targets.append(batch.targets)
                 index.append(batch.index)
-            its.doing(WAITS)
+            if its.several:
+                its.doing(WAITS)
             if its.agree(interrupts.asked()):
                 interrupts.settle()
                 raise interrupts.Asked
+            its.doing("waits for data")
     if not its.several:
         return torch.cat(logits), torch.cat(targets), torch.cat(index)
     at = [_places(loader.spec, rank) for rank in range(its.count)]

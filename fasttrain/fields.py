@@ -352,7 +352,8 @@ class Run:
     keep: int = 2
     """Checkpoints to keep, the newest (last.pt) among them: the one before is used where the newest is damaged."""
     skip_nonfinite: int = 0
-    """Steps with a gradient that is not finite to leave out, in the whole run; one more stops it."""
+    """Steps with a gradient that is not finite to leave out, in the whole run; one more stops it. (With fp16 the loss scaler
+    leaves out all of them.)"""
     timeout: float = 600.0
     """Seconds after which a loader that gives no batch, or a process that the others wait for, is late: the run then ends with a
     message that names it, and exit code 75 (try again)."""

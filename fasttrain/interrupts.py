@@ -86,8 +86,8 @@ def note() -> bool:
 
 
 def asked() -> bool:
-    """Whether one came while it was held, and nobody has raised it yet."""
-    return bool(_HELD) and bool(_HELD[-1].came)
+    """Whether one came while it was held, here or in a block around, and nobody has raised it yet."""
+    return any(note.came for note in _HELD)
 
 
 def check() -> None:
@@ -99,5 +99,5 @@ def check() -> None:
 
 def settle() -> None:
     """What came is done with."""
-    if _HELD:
-        _HELD[-1].came = 0
+    for note in _HELD:
+        note.came = 0

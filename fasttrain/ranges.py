@@ -62,6 +62,14 @@ def check(r: "Recipe") -> None:
             f"data.crop {r.data.crop}, data.frames {r.data.frames}, data.views {r.data.views}, data.grow_from "
             f"{r.data.grow_from}"
         )
+    if r.run.sync_batch_norm and (
+        r.run.accumulate > 1 or r.transfer.together in ("shared", "grouped") or r.transfer.recompute
+    ):
+        raise ValueError(
+            "run.sync_batch_norm: it normalises whole batches, in the networks' own layers: set run.accumulate to 1, "
+            f"transfer.together to plain and transfer.recompute to false (here {r.run.accumulate}, {r.transfer.together}, "
+            f"{r.transfer.recompute})"
+        )
     _check_pretext(r)
     if r.run.accumulate > r.data.batch:
         raise ValueError(f"run.accumulate: {r.run.accumulate} parts of a batch of {r.data.batch}")

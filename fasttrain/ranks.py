@@ -6,9 +6,10 @@ that it waits for no GPU. Without these variables there is one process, and all 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from .watchdog import Stalled
 
 T = TypeVar("T")
+_LONGER = 10  # times run.timeout
 _DAYS = timedelta(days=30)  # the first process may compute labels that the others wait for; if it dies, they hear of it
 
 
@@ -166,6 +168,12 @@ class Ranks:
         """Waits until all processes are here."""
         self.agree(False)
 
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Gives every process the first one's values, in place."""
+        if self.several:
+            for tensor in tensors:
+                self._do(partial(dist.broadcast, tensor, src=0))
+
     def _send(self, content: list[Any]) -> list[Any]:
         dist.broadcast_object_list(content, src=0, group=self._wait)
         return content
@@ -219,7 +227,7 @@ def asked() -> tuple[int, int, int, int]:
         return 0, 1, 0, 1
     try:
         rank, count = int(given["RANK"]), int(given["WORLD_SIZE"])
-        local = int(given.get("LOCAL_RANK", "0"))
+        local = int(given["LOCAL_RANK"])
         local_count = int(given.get("LOCAL_WORLD_SIZE") or max(torch.cuda.device_count(), 1))
         given["MASTER_ADDR"], given["MASTER_PORT"]
     except (KeyError, ValueError) as error:
@@ -259,7 +267,9 @@ def joined(timeout: float, cuda: bool) -> Iterator[Ranks]:
         out._talk = dist.new_group(backend="gloo", timeout=within)
         out._wait = dist.new_group(backend="gloo", timeout=within)
         dist.barrier(group=out._wait)
-        _be_patient(out._wait)
+        _set_timeout(_DAYS, out._wait)
+        for group in (None, out._talk):  # the watchdog is in charge of lateness; where it is not, this is
+            _set_timeout(within * _LONGER, group)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise Lost(f"not all {out.count} processes met at {place}: {' '.join(str(error).split())[:200]}") from None
@@ -271,10 +281,10 @@ def joined(timeout: float, cuda: bool) -> Iterator[Ranks]:
         _leave()
 
 
-def _be_patient(group: Any) -> None:
-    """From now on, when all have met, processes of this group wait for one another as long as it takes."""
+def _set_timeout(timeout: timedelta, group: Any) -> None:
+    """For how long processes of a group wait for one another, now that all have met."""
     public = getattr(dist, "set_timeout", None)  # newer than the oldest PyTorch that will do
-    (public or dist.distributed_c10d._set_pg_timeout)(_DAYS, group)
+    (public or dist.distributed_c10d._set_pg_timeout)(timeout, group)
 
 
 def _leave() -> None:

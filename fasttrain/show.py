@@ -46,7 +46,9 @@ class Watch:
         self.bars.stop()
 
     def __call__(self, label: str, line: dict[str, Any]) -> None:
-        getattr(self, f"_{line['kind']}")(label, line)
+        tell = getattr(self, f"_{line['kind']}", None)
+        if tell is not None:  # of a step that was left out there is a note, too
+            tell(label, line)
 
     def _note(self, label: str, line: dict[str, Any]) -> None:
         text = line["text"]

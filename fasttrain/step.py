@@ -58,7 +58,7 @@ class Stepper:
 
     def take(
         self, batch: Batch, soft: SoftTargets | None, *, number: int, place: int, where: Where
-    ) -> tuple[dict[str, Tensor], bool]:
+    ) -> tuple[dict[str, Tensor], bool | Tensor]:
         """One step.
 
         Args:
@@ -69,11 +69,12 @@ class Stepper:
             where: in the run.
 
         Returns:
-            The losses of the whole batch, on the device (a process without a share has none); and False if the gradient was
-            not finite, so that the step was left out.
+            The losses of the whole batch, on the device (a process without a share has none); and whether the step was taken,
+            as :meth:`FiniteGuard.step` says it.
         """
         whole, sizes = batch.whole or len(batch), batch.parts or ((len(batch),) if len(batch) else ())
         factor = self.schedule.rise(place) * self.schedule.factor(place)
+        self._seed(where.step, 0)
         losses = self._cosines(batch, soft, whole) if not number and self._measures(place) and sizes else {}
         gradients = self._gradients[number] if self._gradients else None
         divided = gradients is not None or len(sizes) > 1 or self.recipe.run.skip_nonfinite > 0
@@ -129,18 +130,15 @@ class Stepper:
             self.clock.mark("processes")
         return losses
 
-    def _optimise(self, number: int, factor: float, where: Where) -> bool:
-        """The optimiser's step; False where the gradient is not finite, and the step is left out."""
+    def _optimise(self, number: int, factor: float, where: Where) -> bool | Tensor:
+        """The optimiser's step, which is left out where the gradient is not finite; whether it was taken."""
         optimiser, spec, clip = self.optimisers[number], self.method.optim(number), self.recipe.optim.clip_norm
         for group in optimiser.param_groups:
             group["lr"] = spec.lr * factor * group.get("factor", 1.0)
-        parameters, taken = _parameters(optimiser), True
-        if self.scaler.is_enabled():  # leaves out such steps by itself, and makes its scale smaller
-            if clip:
-                self.scaler.unscale_(optimiser)
-                torch.nn.utils.clip_grad_norm_(parameters, clip)
-            self.scaler.step(optimiser)
-            self.scaler.update()
+        parameters = _parameters(optimiser)
+        taken: bool | Tensor = True
+        if self.scaler.is_enabled():
+            self._step_scaled(optimiser, clip)
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if clip:
@@ -148,9 +146,22 @@ class Stepper:
             taken = self.guard.step(optimiser, norm, where)
             if self.recipe.run.skip_nonfinite:
                 self._statistics.keep_if_finite(norm)
-        if taken and self.average is not None and not number:
+        if taken is not False and self.average is not None and not number:
             self.average.update_parameters(self.target)
         return taken
+
+    def _step_scaled(self, optimiser: torch.optim.Optimizer, clip: float) -> None:
+        """With float16 the scaler leaves such steps out by itself, and makes its scale smaller."""
+        first = not optimiser.state
+        self.scaler.scale(torch.zeros((), device=self.parts.device))  # a process without a part has scaled no loss yet
+        if clip:
+            self.scaler.unscale_(optimiser)
+            torch.nn.utils.clip_grad_norm_(_parameters(optimiser), clip)
+        before = self.scaler.get_scale() if first else 0.0
+        self.scaler.step(optimiser)
+        self.scaler.update()
+        if first and self.scaler.get_scale() < before:  # PyTorch's fused SGD has then left its momentum uninitialised
+            optimiser.state.clear()
 
     def _losses(self, pixels: Tensor, targets_B: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:
         """The forward pass, from bytes to the method's losses: what is compiled."""

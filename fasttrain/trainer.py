@@ -87,6 +87,8 @@ class Trainer:
         self._last_place = 0
         self.checkpoints = folder / "checkpoints"
         kept = self._resume()
+        networks = (self.target, self.method.companions)
+        self.ranks.share(t for n in networks for t in n.state_dict().values())  # others may draw other random numbers
         self.ranks.first_does(self._make_folder)
         self.log = RunLog(
             folder if self.ranks.first else None, watch, tensorboard=recipe.run.tensorboard, keep=kept, step=self.step
@@ -113,6 +115,9 @@ class Trainer:
                     self._end_epoch()
                 summary = self._finish()
                 self.writer.wait()
+                if self.ranks.agree(interrupts.asked()):
+                    interrupts.settle()
+                    raise interrupts.Preempted(f"asked to end; {self.folder} is finished")
                 return summary
             except interrupts.Asked:
                 raise self._preempted() from None
@@ -241,11 +246,15 @@ class Trainer:
         at = self._last_place = self._place()
         where = Where(self.step, self.epoch, self.position["batch"])
         losses, taken = self.stepper.take(ready.batch, soft, number=self.number, place=at, where=where)
-        if taken:
-            self._count(self.number, losses)
+        self._count(self.number, losses, taken)
         return ready.batch.whole or len(ready.batch)
 
-    def _count(self, number: int, losses: dict[str, Tensor]) -> None:
+    def _count(self, number: int, losses: dict[str, Tensor], taken: bool | Tensor) -> None:
+        """Of a step that was left out, nothing; where only the device knows, it counts until the host hears of it."""
+        if taken is False:
+            return
+        if isinstance(taken, Tensor):
+            losses = {name: torch.where(taken, value, 0.0) for name, value in losses.items()}
         prefix = f"{self.method.passes[number]}/" if number else ""
         for name, value in losses.items():  # stays on the device; read every N steps
             self.sums[prefix + name] = self.sums.get(prefix + name, 0) + value
@@ -296,7 +305,7 @@ class Trainer:
         checkpoint.load_target(self.target, state, selected, self.parts.dataset.classes)
         self.average = None
         test, details = evaluate_in_detail(self.parts, self.target, "test")
-        bad = {split: self.ranks.all(len(loader.bad)) for split, loader in self.parts.loaders.items()}
+        bad = {split: self.ranks.all(set(loader.bad)) for split, loader in self.parts.loaders.items()}
         summary = {
             "name": self.recipe.name,
             "metric": self.metric,
@@ -314,7 +323,7 @@ class Trainer:
             "processes": self.ranks.count,
             "seed": self.recipe.run.seed,
             "sources": {n.spec.name: {"model": n.spec.model, "sha256": n.sha256} for n in self.parts.networks},
-            "bad_samples": {split: sum(counts) for split, counts in bad.items()},
+            "bad_samples": {split: len(set().union(*its)) for split, its in bad.items()},
             "log": self.parts.log,
             "environment": environment(),
         }
@@ -335,7 +344,8 @@ class Trainer:
         return self.position["batch"] < len(self.loader)
 
     def _log_steps(self, images: int, seconds: float) -> None:
-        means = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
+        self.guard.settle()
+        means = {name: float(value) / self.counts[name] for name, value in self.sums.items() if self.counts[name]}
         wrong = next((v for name, v in means.items() if name.endswith("loss") and not math.isfinite(v)), None)
         if wrong is not None:
             raise self._too_high(f"the loss is {wrong} by step {self.step}")
@@ -353,8 +363,10 @@ class Trainer:
         }
         self.log.write({"kind": "step"} | position | means | {"images_per_s": images / seconds} | told)
 
-    def _left_out(self, where: Where, count: int) -> None:
+    def _left_out(self, where: Where, count: int, late: bool) -> None:
         """A step whose gradient was not finite, and that may be left out."""
+        if late:  # it was counted
+            self.counts = {name: count - 1 for name, count in self.counts.items()}
         allowed = self.recipe.run.skip_nonfinite
         self._note(
             f"LEFT OUT: the gradient of step {where.step + 1} was not finite ({count} of {allowed} steps so far)"
@@ -381,8 +393,8 @@ class Trainer:
             else "there is no checkpoint yet"
         )
         return ValueError(
-            f"{what}; {back}. optim.lr {self.recipe.optim.lr:g} may be too high: try a lower one, warmup_epochs or clip_norm; or "
-            f"run.skip_nonfinite {max(self.guard.left_out, 1)} leaves such steps out"
+            f"{what}; {back}. optim.lr {self.recipe.optim.lr:g} may be too high: in a new run try a lower one, warmup_epochs or "
+            f"clip_norm; here run.skip_nonfinite {max(self.guard.left_out, 1)} leaves such steps out"
         )
 
     def _batch_at(self, where: Where) -> list[int]:
@@ -404,10 +416,10 @@ class Trainer:
         """In the background; the loop waits only until all is copied."""
         self.guard.settle()
         bad = self.ranks.all(self.loader.bad) if self.recipe.data.on_bad_sample == "skip" else []
+        self.saved = self.step
         if not self.ranks.first:
             return
         self.writer.save("last.pt", self._state() | {"bad_samples": {i: why for its in bad for i, why in its.items()}})
-        self.saved = self.step
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -37,6 +37,11 @@ def main() -> None:
             gradients.clear()
             assert step >= 0 and not any(p.grad.any() for p in mine.parameters())
         gradients.close()
+        torch.manual_seed(ranks.rank)
+        other = nn.Linear(4, 3)
+        ranks.share(other.state_dict().values())
+        torch.manual_seed(0)
+        assert torch.equal(other.weight, nn.Linear(4, 3).weight)
         os.write(1, b"alike\n")
 
 

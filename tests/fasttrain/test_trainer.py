@@ -2,8 +2,9 @@
 
 import json
 import re
+import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 import torch
 from fasttrain.kernels import network_input
 
+from fasttrain import evaluation, interrupts
 from fasttrain import step as stepper
 from fasttrain import trainer as trainer_module
 from fasttrain.advice import advise
 from fasttrain.build import build
+from fasttrain.checkpoint import same_recipe
 from fasttrain.compare import _shared_out, jobs_of, run
 from fasttrain.log import Clock, read_lines, shares
 from fasttrain.recipe import all_fields
@@ -409,6 +412,63 @@ def test_steps_that_are_not_finite_are_left_out_if_asked(small, monkeypatch, par
     seen.clear()
     with pytest.raises(ValueError, match=r"not finite .* run\.skip_nonfinite 2 leaves such steps out"):
         fit(small(*common, "--run.skip_nonfinite", "1", "--name", "more"))
+
+
+def test_a_step_that_is_left_out_is_told_on_the_command_line(fasttrain, monkeypatch):
+    forward, seen = stepper.network_input, []
+
+    def poisoned(pixels, mean, std):
+        seen.append(len(seen))
+        return forward(pixels, mean, std) * (float("nan") if len(seen) == 2 else 1)
+
+    monkeypatch.setattr(stepper, "network_input", poisoned)
+    done = fasttrain(
+        "train", "smoke", "--run.tensorboard", "false", "--run.log_every", "1", "--run.skip_nonfinite", "1"
+    )
+    assert (
+        done.returncode == 0 and "LEFT OUT: the gradient of step 2 was not finite (1 of 1 steps so far)" in done.stdout
+    )
+
+
+@pytest.mark.parametrize("moment", ["evaluation", "last step", "test"])
+def test_asked_to_end_around_an_evaluation(small, tmp_path, monkeypatch, moment):
+    """Nothing of the epoch is lost, and the evaluation is done when the run goes on."""
+    common = ("--optim.epochs", "2", "--data.batch", "16", "--run.log_every", "1")
+    whole = fit(small(*common, "--name", "whole"))
+    recipe = small(*common, "--name", "asked")
+    parts_of = {"evaluation": evaluation, "test": evaluation, "last step": stepper}[moment]
+    forward, seen = parts_of.network_input, []
+
+    def asking(*arguments):
+        seen.append(len(seen))
+        if len(seen) == {"evaluation": 1, "last step": 4, "test": 3}[moment]:  # of 4 steps; val is one batch
+            signal.raise_signal(signal.SIGTERM)
+        return forward(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts_of, "network_input", asking)
+        with pytest.raises(interrupts.Preempted, match=r"asked to end, after step \d+; the checkpoint of it is in"):
+            fit(recipe)
+    folder = jobs_of(recipe)[0].folder
+    state = torch.load(folder / "checkpoints/last.pt", weights_only=True)
+    assert state["position"]["step"] == (8 if moment == "test" else 4)
+    assert (len(read_lines(folder, "eval")) == 2) if moment == "test" else not read_lines(folder, "eval")
+    fit(recipe)
+    assert curve(folder) == curve(whole)
+
+
+def test_checkpoints_of_before_a_field_was_there_go_on(small):
+    now = asdict(small("--optim.lr", "0.01"))
+    before = {**now, "run": {k: v for k, v in now["run"].items() if k not in ("keep", "sync_batch_norm")}}
+    same_recipe(before, now, Path("runs/x"))
+    with pytest.raises(ValueError, match=r"runs/x holds a run with run\.sync_batch_norm False, and this one has True"):
+        same_recipe(before, asdict(small("--optim.lr", "0.01", "--run.sync_batch_norm", "true")), Path("runs/x"))
+
+
+def test_synchronised_batch_norm_is_of_whole_batches(small):
+    for options in (("--run.accumulate", "2"), ("--transfer.recompute", "true"), ("--transfer.together", "grouped")):
+        with pytest.raises(ValueError, match=r"^run\.sync_batch_norm: it normalises whole batches"):
+            small("--run.sync_batch_norm", "true", *options)
 
 
 def test_another_recipe_in_the_same_folder_is_refused(small):
