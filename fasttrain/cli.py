@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(
                 f"{given[0]} runs in one process, not in {os.environ['WORLD_SIZE']} (WORLD_SIZE); {several} may"
             )
-        return command(given[1:])
+        with interrupts.ends_cleanly() if given[0] == "train" else nullcontext():
+            return command(given[1:])
     except interrupts.Preempted as error:
         if _rank() == 0:
             said = str(error) or "asked to end before anything was done"
@@ -120,7 +122,6 @@ def _train(given: list[str]) -> int:
 
     console = Console()
     with (
-        interrupts.ends_cleanly(),
         ranks.joined(what.run.timeout, device.choose_device(what.run.device).type == "cuda") as its,
     ):
         if not its.first:
