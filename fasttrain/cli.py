@@ -121,9 +121,7 @@ def _train(given: list[str]) -> int:
     from . import compare, device, ranks, show
 
     console = Console()
-    with (
-        ranks.joined(what.run.timeout, device.choose_device(what.run.device).type == "cuda") as its,
-    ):
+    with ranks.joined(what.run.timeout, device.choose_device(what.run.device).type == "cuda") as its:
         if not its.first:
             compare.run(what, lambda label, line: None)
             return 0

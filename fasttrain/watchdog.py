@@ -7,7 +7,7 @@ it cannot, because it hangs inside compiled code, the process ends with exit cod
 Of several processes each tells the others what it does, through the store by which they found each other. Clocks are not
 compared: a process's age of an activity is counted by its own thread in turns of known length, so neither a clock that is set
 nor a process that was stopped for a while (SIGSTOP, a suspended job) looks like a stall; of others, each counts how
-long a beat has not changed.
+long a beat has not changed. One that is known to have ended is not waited for.
 
 Not covered: code that holds Python's lock and hangs. No thread of this process runs then; the other processes name it as not
 heard of.
@@ -30,14 +30,17 @@ from typing import Any, Self
 
 from torch.distributed import Store
 
-from .stragglers import Seen, sentence
+from .stragglers import WAITS, Seen, sentence
 
 EXIT_CODE = os.EX_TEMPFAIL  # 75: the same command is worth another try
+_DYING = 0.3  # seconds
 _FIRST_TURN = 0.05  # seconds
 _SILENT = 3  # beats in a row that have to fail to come
 _KEPT = (b"resource_tracker", b"torch_shm_manager")  # children that tidy up shared memory, and end by themselves
 
 _Activity = tuple[str, int, float]  # what, step, slack; one object for each time that it is begun
+
+_TOGETHER = (WAITS, "computes", "waits for data")  # what nobody finishes when another process is gone
 
 _ALONE = {
     "waits for data": "the loader has given no batch for {s:.0f} s (step {step})",
@@ -135,7 +138,11 @@ class Watchdog:
             return self._said
         for _ in range(2 * (_SILENT + 1)):
             self._look()
-            if self._unreachable or any(seen.gone for seen in self._seen.values()):
+            if any(seen.gone for seen in self._seen.values()):
+                break
+            if self._unreachable:  # a process that is killed closes its connections before it is gone
+                time.sleep(_DYING)
+                self._look()
                 break
             time.sleep(self._interval / 2)
         return self._who()
@@ -176,9 +183,11 @@ class Watchdog:
             if activity is None:
                 continue
             limit = self._seconds * activity[2]
-            if self._age > limit / 2:
+            stands = self._age > 2 * self._interval
+            if stands or self._age > limit / 2:
                 self._look()
-            if self._age <= limit:
+            dead = stands and activity[0] in _TOGETHER and any(seen.gone for seen in self._seen.values())
+            if self._age <= limit and not dead:  # Gloo's own threads hear of a death only where they talk to who died
                 continue
             if not self._said:
                 self._tell(activity)

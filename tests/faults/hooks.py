@@ -5,11 +5,27 @@ import os
 import random
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _FOR_FILES = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
 _CAPABILITY_VERSION_3 = 0x20080522
+
+
+def all_of(*hooks: Callable[[], object]) -> None:
+    """Several of these."""
+    for hook in hooks:
+        hook()
+
+
+def impatient(seconds: float) -> None:
+    """A process that stands still, and cannot raise an error, is ended after so long."""
+    from fasttrain.watchdog import Watchdog
+
+    defaults = Watchdog.__init__.__kwdefaults__
+    assert defaults is not None and "patience" in defaults
+    defaults["patience"] = seconds
 
 
 def slow_steps(seconds: float) -> None:

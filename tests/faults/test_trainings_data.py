@@ -86,7 +86,7 @@ def test_checkpoints_that_are_damaged(tmp_path, undisturbed, ranks):
 
 
 def test_soft_labels_that_are_damaged_under_two_processes(tmp_path, undisturbed):
-    """Those that the one before has kept, with damage at many places: computed anew where they do not fit."""
+    """Those that a run before has kept: what does not fit is computed anew; a file that is no such file is an error."""
     arguments = (*SMALL, "--optim.epochs", "3")
     whole = undisturbed(*arguments, ranks=2)
     (kept,) = whole.rglob("*.soft")
@@ -105,8 +105,8 @@ def test_soft_labels_that_are_damaged_under_two_processes(tmp_path, undisturbed)
         path.write_bytes(changed)
         if text:
             said = ended(processes.start(place, "train", *arguments, ranks=2), [2, 2])
-            assert said.count(f"{text} remove it, and") == 2, said
-            path.unlink()
+            assert f"{text} remove it, and" in said, said
+            continue
         processes.run(place, "train", *arguments, ranks=2)
         insist_on_same(whole, place)
 
