@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(metadata.version("fasttrain"))
         return 0
     command = COMMANDS.get(given[0])
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that is gone is told in a sentence, not in stacks
     try:
         if command is None:
             raise ValueError(f"there is no command {given[0]!r}; there are {', '.join(COMMANDS)}")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ class Trainer:
             finally:
                 self.ranks.doing("writes a checkpoint")
                 self.writer.close()
+                self.ranks.doing("ends")
                 self.log.close()
                 self.stepper.close()
                 if self.sources is not None:
@@ -156,7 +158,12 @@ class Trainer:
 
     def _make_folder(self) -> None:
         for place in (self.folder, self.checkpoints):
-            place.mkdir(parents=True, exist_ok=True)
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                with TemporaryFile(dir=place):  # what cannot be written to is no surprise at the end
+                    pass
+            except OSError as error:
+                raise ValueError(f"run.dir: cannot write to {place} ({error.strerror})") from None
             remove_unfinished(place)
         if not self.finished:
             size = size_of(self._state())

@@ -2,8 +2,6 @@
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -248,42 +246,6 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     raise AssertionError(f"{path} did not appear")
-
-
-def losses(folder: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["kind"], line["step"], line["loss"]) for line in lines]
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(fasttrain, tmp_path):
-    """kill -9 at random moments, again and again; what is left always goes on, to the very same curve."""
-    length = ("--optim.epochs", "10", "--run.checkpoint_steps", "1", "--run.log_every", "1")
-    assert fasttrain(*SMOKE, *length, "--name", "whole", process=True).returncode == 0
-    moments = random.Random(5)
-    last = tmp_path / "runs/smoke/checkpoints/last.pt"
-    kills = 0
-    for _ in range(3):
-        process = start(tmp_path, *length)
-        if kills:  # it has a checkpoint already: let it come to where it trains
-            size = (tmp_path / "runs/smoke/metrics.jsonl").stat().st_mtime_ns
-            while process.poll() is None and (tmp_path / "runs/smoke/metrics.jsonl").stat().st_mtime_ns == size:
-                time.sleep(0.02)
-        else:
-            wait_for(last, process)
-        time.sleep(moments.uniform(0, 0.8))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        position = torch.load(last, weights_only=True)["position"]
-        assert position["step"] > 0
-    assert kills >= 2
-    done = fasttrain(*SMOKE, *length, process=True)
-    assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stdout
-    assert losses(tmp_path / "runs/smoke") == losses(tmp_path / "runs/whole")
-    summaries = [json.loads((tmp_path / f"runs/{n}/summary.json").read_text())["test"] for n in ("smoke", "whole")]
-    assert summaries[0] == summaries[1]
-    assert list((tmp_path / "runs/smoke").rglob("*.tmp")) == []
 
 
 @pytest.mark.slow
