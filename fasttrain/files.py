@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 
@@ -70,6 +71,21 @@ def in_words(size: int) -> str:
         if size >= 1 << power:
             return f"{size / (1 << power):.1f} {unit}"
     return f"{size} bytes"
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder of a run, if it is not there, and removes what a process that was killed left unfinished in it.
+
+    Raises:
+        ValueError: it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"run.dir: cannot write to {folder} ({error.strerror})") from None
+    remove_unfinished(folder)
 
 
 def remove_unfinished(folder: Path) -> None:

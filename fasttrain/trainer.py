@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from .advice import advise
 from .build import Parts
 from .environment import environment
 from .evaluation import evaluate, evaluate_in_detail
-from .files import insist_on_room, remove_unfinished, size_of, write_json, write_text
+from .files import insist_on_room, make_folder, size_of, write_json, write_text
 from .guard import FiniteGuard, Where
 from .loaders import Batch
 from .log import Clock, RunLog, Watcher, shares
@@ -158,13 +157,7 @@ class Trainer:
 
     def _make_folder(self) -> None:
         for place in (self.folder, self.checkpoints):
-            try:
-                place.mkdir(parents=True, exist_ok=True)
-                with TemporaryFile(dir=place):  # what cannot be written to is no surprise at the end
-                    pass
-            except OSError as error:
-                raise ValueError(f"run.dir: cannot write to {place} ({error.strerror})") from None
-            remove_unfinished(place)
+            make_folder(place)
         if not self.finished:
             size = size_of(self._state())
             insist_on_room(

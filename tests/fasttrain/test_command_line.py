@@ -213,6 +213,7 @@ def test_doctor(fasttrain):
         "loader",
         "videos",
         "soft-target losses",
+        "several processes",
         "live sources",
         "compiled step",
         "optimiser",
