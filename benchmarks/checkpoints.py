@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     title = f"checkpoints of {given.target}, {size / 2**20:.1f} MiB, {device}, {used} threads"
     _print(title, rows, given.seconds)
     content: dict[str, Any] = {"target": given.target, "size": given.size, "batch": given.batch, "every": given.every}
-    return content | {"bytes": size, "threads": used, "device": str(device), "rows": rows}
+    return content | {"bytes": size, "threads": used, "device": str(device), "rows": rows, "not_run": {}}
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:

@@ -1,5 +1,7 @@
 """The suite ``checkpoints``."""
 
+import json
+
 import pytest
 from fasttrain.benchmarks import checkpoints
 
@@ -7,8 +9,11 @@ SMALL = ["--target", "resnet20", "--size", "8", "--batch", "2", "--steps", "4", 
 SMALL += ["--rounds", "1", "--seconds", "1,10", "--threads", "1"]
 
 
-def test_rows_say_what_a_checkpoint_costs(tmp_path):
-    content = checkpoints.run([*SMALL, "--folder", str(tmp_path)])
+def test_rows_say_what_a_checkpoint_costs(fasttrain, tmp_path):
+    out, place = tmp_path / "out.json", tmp_path / "place"
+    place.mkdir()
+    assert fasttrain("bench", "checkpoints", *SMALL, "--folder", str(place), "--json", str(out)).returncode == 0
+    content = json.loads(out.read_text())
     none, background, foreground = content["rows"]
     assert [row["name"] for row in content["rows"]] == ["none", "background", "foreground"]
     assert background["relative_to"] == {"none": none["ms"] / background["ms"]}
@@ -16,7 +21,7 @@ def test_rows_say_what_a_checkpoint_costs(tmp_path):
     assert foreground["snapshot_ms"] == foreground["written_ms"]
     assert foreground["share_percent"].keys() == {"1", "10"}
     assert content["bytes"] > 2 * 4 * 270_000  # weights and momentum of ResNet-20
-    assert list(tmp_path.iterdir()) == []
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.parametrize(
