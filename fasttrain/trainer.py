@@ -124,7 +124,6 @@ class Trainer:
             finally:
                 self.ranks.doing("writes a checkpoint")
                 self.writer.close()
-                self.ranks.doing("ends")
                 self.log.close()
                 self.stepper.close()
                 if self.sources is not None:
@@ -144,6 +143,8 @@ class Trainer:
             folder=self.folder,
         )
         with watchdog:
+            its.barrier()
+            watchdog.meet()
             first = self.step + 2  # steps that are compiled
 
             def doing(what: str) -> None:

@@ -127,6 +127,11 @@ class Watchdog:
         self._rest = self._now[1] if self._now is not None else self._rest
         self._now = None
 
+    def meet(self) -> None:
+        """Learns who the others are, when all have begun: one that ends at once is known by its process then."""
+        if self._store is not None:
+            self._look()
+
     def late(self) -> str:
         """Who is late, in one sentence: for when waiting for the others failed by itself.
 
@@ -274,7 +279,7 @@ class Watchdog:
     def _read(self, store: Store) -> dict[int, dict[str, Any]] | None:
         """The others' beats, or None if the store does not answer, twice: a beat may be taken away while it is asked for."""
         for _ in range(2):
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, ValueError):  # of one that is being taken away there may be nothing
                 ranks = self._others()
                 if not store.check([_key(rank) for rank in ranks]):
                     ranks = [rank for rank in ranks if store.check([_key(rank)])]

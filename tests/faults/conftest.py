@@ -4,8 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from . import processes
+
+
+@pytest.fixture(autouse=True)
+def every_number():
+    """Denormal ones, too: a training in this process may have switched them off, and hypothesis insists on them."""
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ every reader: the undamaged result, another one that is sound, or a ``ValueError
 damaged; in less than :data:`SECONDS`, and in memory of twice the files' size and :data:`SPARE` beside what the process had.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -289,6 +290,7 @@ def _cases(read: Callable, cases: list[int], size: int, names: tuple[str, ...], 
 def _peak(reset: bool = True) -> int:
     """The most memory that this process has held, in bytes; ``reset``: from now on, so that this is what it holds."""
     if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is not what it holds, and may be taken again unseen
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
     with open("/proc/self/status") as file:

@@ -136,7 +136,7 @@ WALKS = {
     "last one dropped": {"batch": 7, "drop_last": True},
     "all in one": {"batch": 100, "shuffle": False},
     "2 ranks, odd": {"batch": 7, "ranks": 2},
-    "5 ranks, last part as large as a full one": {"batch": 8, "ranks": 5, "index_N": np.arange(39)},
+    "5 ranks, last part as large as a full one": {"batch": 16, "ranks": 5, "index_N": np.arange(31)},
     "4 ranks, last parts empty": {"batch": 9, "ranks": 4, "index_N": np.arange(1, 39)},
     "5 ranks, some parts always empty": {"batch": 3, "ranks": 5, "index_N": np.arange(11)},
 }
