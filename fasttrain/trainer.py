@@ -114,6 +114,7 @@ class Trainer:
                     self._train_epoch()
                     self._end_epoch()
                 summary = self._finish()
+                self.ranks.doing("writes a checkpoint")
                 self.writer.wait()
                 if self.ranks.agree(interrupts.asked()):
                     interrupts.settle()
@@ -121,8 +122,7 @@ class Trainer:
                 return summary
             except interrupts.Asked:
                 raise self._preempted() from None
-            finally:
-                self.ranks.doing("writes a checkpoint")
+            finally:  # what was being done is still what the others are told, if it is why this one ends
                 self.writer.close()
                 self.log.close()
                 self.stepper.close()

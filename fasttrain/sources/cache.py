@@ -276,7 +276,8 @@ def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """The fields that differ, in words."""
     a, b = dict(_flat(theirs)), dict(_flat(ours))
     names = [name for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)]
-    return "; ".join(f"{name} is {a.get(name, 'not named')} there, {b.get(name, 'not named')} here" for name in names)
+    said = "; ".join(f"{name} is {a.get(name, 'not named')} there, {b.get(name, 'not named')} here" for name in names)
+    return " ".join(said.split())  # a damaged file's names may break lines
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
