@@ -85,8 +85,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_two_processes_are_one_with_two_parts(tmp_path, variant):
-    """60 images in batches of 16: the last one of 12. Steps are small: at ten times the learning rate noise of 1e-8 on one
-    process's weights changes its losses by 2 % after eight steps, as units that are exactly 0 are pushed to one side."""
+    """60 images in batches of 16: the last one of 12. Steps are small: large ones make much of rounding, as units that are
+    exactly 0 are pushed to one side."""
     options = (*variant, "--optim.lr", "0.0005", "--optim.epochs", "2")
     one = train(tmp_path, "one", *options, "--run.accumulate", "2")
     assert_alike(one, train(tmp_path, "two", *options, ranks=2))
