@@ -304,7 +304,7 @@ def _bench(given: list[str]) -> int:
     suite, rest = _name(given)
     if suite not in SUITES:
         raise ValueError(f"bench needs a suite, not {suite!r}; there are {', '.join(SUITES)}")
-    module = importlib.import_module(f"fasttrain.benchmarks.{suite}")
+    module = importlib.import_module(f"fasttrain.benchmarks.{suite.replace('-', '_')}")
     if _asks_help(rest):
         print(module.__doc__)
         return 0
@@ -315,7 +315,8 @@ def _bench(given: list[str]) -> int:
     for name, why in content["not_run"].items():
         print(f"not run: {name}: {why}")
     if file:
-        files.write_json(Path(file), {"suite": suite} | environment.environment() | content)
+        said = {"suite": suite, "command": environment.command(["bench", *given])}
+        files.write_json(Path(file), said | environment.environment() | content)
     return 0
 
 
