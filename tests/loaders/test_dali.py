@@ -1,7 +1,8 @@
 """The dali loader serves the batches of the torch loader: indices, labels and views exactly, pixels nearly.
 
 Pixels are compared by the mean absolute difference of all bytes of an epoch, of 255. On a CPU both decode to the same
-bytes, and what is left, 0.15 to 0.35 on photographs, is the rounding of our filter and the pixels at a box's border.
+bytes, and what is left, 0.15 to 0.35 on photographs, is the rounding of our filter and the pixels at a box's border. What a
+GPU serves: tests/gpu/test_loaders.py.
 """
 
 import gc
@@ -31,7 +32,6 @@ from fasttrain.loaders.pack import pack
 from PIL import Image
 
 _MEAN = 0.5  # of 255, on a CPU
-_MEAN_GPU = 2.0  # nvJPEG repeats chroma samples, libjpeg-turbo interpolates them
 
 
 @pytest.fixture(autouse=True)
@@ -382,90 +382,3 @@ def test_which_decoders_cut_on_a_gpu(tree, monkeypatch, version, crops):
     assert dali_loader.gpu_decodes_crops() is crops
     assert dali_loader._how(spec_of(tree), 0) == (CROP if crops else WHOLE)
     assert dali_loader._how(spec_of(tree), None) == CROP
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
-def test_a_gpu_serves_the_batches_of_the_cpu(tree, changes):
-    spec = spec_of(tree, **changes)
-    loader, reference = DaliLoader(spec, "cuda", workers=2), DaliLoader(spec, workers=2)
-    for _ in range(2):
-        ours = list(loader)
-        assert all(b.pixels.is_cuda and b.index.is_cuda for b in ours)
-        compare(ours, list(reference), _MEAN_GPU)
-    for one in (loader, reference):
-        one.close()
-    assert not dali_threads()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("crop", ["random_resized", "pad"])
-def test_a_gpu_and_files_of_every_kind(odd_tree, crop):
-    spec = spec_of(open_dataset("folder", odd_tree), plan=ViewPlan(crop=crop, flip="both"), batch=1, shuffle=False)
-    for a, b in zip(DaliLoader(spec, "cuda", workers=1), TorchLoader(spec), strict=True):
-        compare([a], [b], 2 * _MEAN_GPU)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("raw", [False, True])
-def test_a_gpu_and_packed_data_sets(tree, tmp_path, raw):
-    pack(tree, tmp_path / "packed.beton", raw=raw, workers=1)
-    spec = spec_of(open_dataset("beton", tmp_path / "packed.beton"), still=40)
-    loader = DaliLoader(spec, "cuda", workers=2)
-    compare(list(loader), list(TorchLoader(spec)), _MEAN if raw else _MEAN_GPU)
-    assert loader.describe().startswith("dali 2.") and " on cuda, 2 threads, " in loader.describe()
-
-
-@pytest.mark.gpu
-def test_batches_on_a_gpu_stay_valid(tree):
-    """Kept, used late, used on a stream of the consumer's own, and freed while the GPU still works on them."""
-    loader = DaliLoader(spec_of(tree, batch=2, size=224, still=224), "cuda", workers=2)
-    copies = [(b.pixels.cpu(), b.still.cpu()) for b in loader]
-    loader.set_epoch(0)
-    held = list(loader)
-    for (pixels, still), batch in zip(copies, held, strict=True):
-        compare_gpu(pixels, batch.pixels)
-        compare_gpu(still, batch.still)
-    sums = []
-    with torch.cuda.stream(torch.cuda.Stream()):
-        loader.set_epoch(0)
-        for batch in loader:
-            torch.cuda._sleep(20_000_000)
-            sums.append(batch.pixels.float().sum())
-            del batch
-    torch.cuda.synchronize()
-    loader.close()
-    for (pixels, _), total in zip(copies, sums, strict=True):
-        assert abs(float(total.cpu()) / pixels.numel() - float(pixels.float().mean())) < 0.5
-    assert all(torch.isfinite(b.pixels.float()).all() for b in held)
-
-
-def compare_gpu(a: torch.Tensor, b: torch.Tensor) -> None:
-    """The same views, decoded twice on a GPU."""
-    assert (a.int() - b.cpu().int()).abs().float().mean() < 0.5
-
-
-@pytest.mark.gpu
-def test_a_gpu_goes_on_in_mid_epoch(tree):
-    loader, rest = DaliLoader(spec_of(tree), "cuda", workers=2), DaliLoader(spec_of(tree), "cuda", workers=2)
-    whole, state = [], {}
-    for i, batch in enumerate(loader):
-        whole.append(batch)
-        if i == 1:
-            state = loader.state_dict()
-    rest.load_state_dict(state)
-    compare(list(rest), whole[2:], 0.5)
-    for _ in rest:
-        break
-    assert len(list(rest)) == 4
-
-
-@pytest.mark.gpu
-def test_a_gpu_and_damaged_files(damaged):
-    with pytest.raises(ValueError, match=r"^cannot read the image .*/[ab]/\d\d\."):
-        list(DaliLoader(spec_of(damaged), "cuda", workers=2))
-    spec = spec_of(damaged, on_bad_sample="skip", batch=6)
-    loader, reference = DaliLoader(spec, "cuda", workers=2), TorchLoader(spec)
-    for _ in range(2):
-        compare(list(loader), list(reference), _MEAN_GPU)
-    assert loader.bad == reference.bad and len(loader.bad) == 3
