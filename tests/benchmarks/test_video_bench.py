@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
 import sklearn.datasets
 from fasttrain.benchmarks import clips, video
@@ -17,11 +16,6 @@ from tests.loaders.videos import write
 @pytest.fixture
 def photographs() -> list[Path]:
     return sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
-
-
-def _pictures(path):
-    with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
 @pytest.mark.parametrize("kind", clips.KINDS)
@@ -41,10 +35,7 @@ def test_made_up_files(kind, photographs, tmp_path, monkeypatch):
     assert keys == ([0, 12, 24, 36] if kind == "ucf" else [0])
     again = tmp_path / f"y{path.suffix}"
     clips._film(again, kind, 3, *photographs[:2])
-    # not the same bytes: where FFmpeg pads rows of 340 pixels (with AVX-512), what lies in the padding reaches the encoder
-    assert again.stat().st_size == pytest.approx(path.stat().st_size, rel=0.01)
-    for one, other in zip(_pictures(path), _pictures(again), strict=True):
-        assert np.abs(one.astype(int) - other).mean() < 6
+    assert again.read_bytes() == path.read_bytes()
 
 
 def test_rows_and_ratios(tmp_path, monkeypatch, capsys):
