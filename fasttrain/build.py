@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import ranks
-from .device import choose_compile, choose_dtype, choose_source_dtype, own_device
+from .device import check_step, choose_compile, choose_dtype, choose_source_dtype, own_device
 from .fetch import data_root
 from .kernels import SoftTargetLoss
 from .loaders import (
@@ -133,6 +133,8 @@ def build(recipe: Recipe) -> Parts:
             f"processes: {its.count}, {recipe.run.accumulate if recipe.run.accumulate > 1 else its.count} parts a batch"
         ]
     compile_, why = choose_compile(recipe.run.compile, device)
+    if compile_ == "step":
+        check_step(recipe, dtype)
     log += [f"compiled: {compile_} ({why})"]
     if recipe.run.protocol == "paper":
         log += ["protocol: paper: weights are SELECTED ON THE TEST SPLIT: too good a figure; nothing is held out"]

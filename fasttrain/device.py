@@ -6,7 +6,7 @@ import os
 import torch
 
 from . import ranks
-from .recipe import Run
+from .recipe import Recipe, Run
 
 
 def choose_device(name: str) -> torch.device:
@@ -101,13 +101,40 @@ def keep_memory() -> bool:
 
 
 def choose_compile(wanted: bool | str, device: torch.device) -> tuple[str, str]:
-    """``off``, ``on`` or ``graphs``, and why.
+    """``off``, ``on``, ``graphs`` or ``step``, and why.
 
     Raises:
         ValueError: CUDA graphs without CUDA.
     """
-    if wanted == "graphs" and device.type != "cuda":
-        raise ValueError("run.compile: graphs needs a CUDA device")
+    if wanted in ("graphs", "step") and device.type != "cuda":
+        raise ValueError(f"run.compile: {wanted} needs a CUDA device")
     if wanted == "auto":
         return ("on", "on a GPU") if device.type == "cuda" else ("off", "slow to start on a CPU; see run.compile")
-    return "graphs" if wanted == "graphs" else "on" if wanted else "off", "as asked"
+    if isinstance(wanted, str):
+        return wanted, "as asked"
+    return "on" if wanted else "off", "as asked"
+
+
+def check_step(recipe: Recipe, dtype: torch.dtype) -> None:
+    """Insists that ``run.compile: step`` can record steps of a run.
+
+    Raises:
+        ValueError: what no graph can hold is done at every step.
+    """
+    count = ranks.here().count
+    instead = "set run.compile to true or graphs"
+    if count > 1:
+        raise ValueError(f"run.compile: step is of one process, and here are {count}; {instead}")
+    if recipe.run.accumulate > 1:
+        raise ValueError(
+            f"run.compile: step takes a batch at once, not in run.accumulate {recipe.run.accumulate} parts; {instead}"
+        )
+    if dtype == torch.float16:
+        raise ValueError(
+            "run.compile: step knows no loss scaler, which float16 needs; set run.precision to bf16 or fp32, or "
+            "run.compile to true or graphs"
+        )
+    if recipe.optim.impl != "torch":
+        raise ValueError(f"run.compile: step is of torch's optimiser, not optim.impl {recipe.optim.impl}; {instead}")
+    if recipe.run.cosine_every == 1:
+        raise ValueError(f"run.compile: step measures no cosines, and run.cosine_every 1 wants them always; {instead}")

@@ -323,9 +323,10 @@ class Run:
     """Of the arithmetic under autocast; auto: on a GPU bf16, or fp16 where it has no bf16; on a CPU fp32."""
     channels_last: bool = True
     """Keep activations and weights in NHWC order."""
-    compile: bool | Literal["auto", "graphs"] = "auto"
+    compile: bool | Literal["auto", "graphs", "step"] = "auto"
     """torch.compile the step (input, target, losses, backward): slow to start, then faster. graphs: replay it as CUDA
-    graphs, too, for small targets. auto: on a GPU, yes."""
+    graphs, too, for small targets. step: compile it, and replay all of it as one CUDA graph, optimiser and moving average
+    included. auto: on a GPU, yes."""
     accumulate: int = 1
     """Take each batch in this many parts whose gradients are added: less memory; batch norm sees the parts. Of several processes
     each takes its share of them, so that 8 parts are the same training on 1, 2, 4 and 8 GPUs; 1: one part for each process."""

@@ -47,6 +47,7 @@ class FiniteGuard:
         self._allowed, self._tell, self._stop = allowed, tell, stop
         self.left_out = 0
         self._waiting: deque[tuple[Where, Tensor, Any]] = deque()
+        self._unused: list[tuple[Tensor, Any]] = []  # flags and events that were waited for
 
     def step(self, optimiser: torch.optim.Optimizer, measure: Tensor, where: Where) -> bool | Tensor:
         """Takes the optimiser's step if ``measure``, a scalar, is finite; whether it was taken: where only the device knows, as
@@ -61,6 +62,13 @@ class FiniteGuard:
                 return True
             self._found(where, False)
             return False
+        good = self.leave_out(optimiser, measure)
+        self.hear(good, where)
+        return good
+
+    def leave_out(self, optimiser: torch.optim.Optimizer, measure: Tensor) -> Tensor:
+        """Takes the optimiser's step, which its kernel leaves out by itself where ``measure`` is not finite; whether it was
+        taken, on the device. Its momentum has begun, and :meth:`hear` has to be told."""
         good = torch.isfinite(measure)
         bad = (~good).float()
         if hasattr(optimiser, "_step_supports_amp_scaling"):
@@ -69,20 +77,31 @@ class FiniteGuard:
             del optimiser.grad_scale, optimiser.found_inf  # type: ignore[attr-defined]
         elif not bool(bad):
             optimiser.step()
-        flag = torch.empty((), pin_memory=True)
-        flag.copy_(bad, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        return good
+
+    def hear(self, good: Tensor, where: Where) -> None:
+        """Takes note of a step's flag, which the host reads some steps later.
+
+        Raises:
+            Exception: what ``stop`` makes, of an earlier step.
+        """
+        if self._cuda:
+            flag, event = self._unused.pop() if self._unused else (_pinned_flag(), torch.cuda.Event())
+            flag.copy_(good, non_blocking=True)
+            event.record()
+        else:
+            flag, event = good.clone(), None
         self._waiting.append((where, flag, event))
         self.settle(_BEHIND)
-        return good
 
     def settle(self, behind: int = 0) -> None:
         """Hears of all steps but the last ``behind``."""
         while len(self._waiting) > behind:
             where, flag, event = self._waiting.popleft()
-            event.synchronize()
-            if flag:
+            if event is not None:
+                event.synchronize()
+                self._unused.append((flag, event))
+            if not flag:
                 self._found(where, True)
 
     def _found(self, where: Where, late: bool) -> None:
@@ -90,6 +109,10 @@ class FiniteGuard:
         if self.left_out > self._allowed:
             raise self._stop(where)
         self._tell(where, self.left_out, late)
+
+
+def _pinned_flag() -> Tensor:
+    return torch.empty((), dtype=torch.bool, pin_memory=True)
 
 
 def _has_to_begin(optimiser: torch.optim.Optimizer) -> bool:

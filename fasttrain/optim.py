@@ -1,5 +1,6 @@
 """The optimiser, the learning rate as a function of the step, and the moving average of the weights."""
 
+import itertools
 import math
 from typing import Any
 
@@ -60,7 +61,32 @@ def build_average(spec: Optim, network: nn.Module) -> AveragedModel | None:
     """An exponential moving average of weights and batch-norm statistics, or None where the recipe has none."""
     if not spec.ema:
         return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(spec.ema), use_buffers=True)
+    return _Average(network, multi_avg_fn=get_ema_multi_avg_fn(spec.ema), use_buffers=True)
+
+
+class _Average(AveragedModel):
+    """Its own way to update sends its count to the device in every step, and on a GPU the host waits for that."""
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        if self.n_averaged:
+            average_again(self, model)
+            self.n_averaged += 1
+        else:
+            super().update_parameters(model)
+
+
+def average_again(average: AveragedModel, network: nn.Module) -> None:
+    """What ``average.update_parameters(network)`` does but for the first time, without its count: work of the device alone."""
+    assert average.multi_avg_fn is not None and average.use_buffers
+    by_type: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    ours = itertools.chain(average.module.parameters(), average.module.buffers())
+    for mean, value in zip(ours, itertools.chain(network.parameters(), network.buffers()), strict=True):
+        means, values = by_type.setdefault(mean.dtype, ([], []))
+        means.append(mean.detach())
+        values.append(value.detach())
+    for means, values in by_type.values():
+        average.multi_avg_fn(means, values, average.n_averaged)
 
 
 class Schedule:

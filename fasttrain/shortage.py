@@ -71,8 +71,8 @@ def levers(recipe: Recipe, device: torch.device) -> list[str]:
     if data.loader in ("auto", "resident"):
         other = "video" if data.frames else "ffcv or torch"
         out.append(f"data.loader {other} (is {data.loader}; resident keeps the whole set in memory)")
-    if gpu and run.compile == "graphs":
-        out.append("run.compile true (is graphs, which keep memory of their own)")
+    if gpu and run.compile in ("graphs", "step"):
+        out.append(f"run.compile true (is {run.compile}: CUDA graphs keep memory of their own)")
     if data.batch > 1:
         out.append(f"data.batch {data.batch // 2} (is {data.batch}; optim.lr goes with it)")
     if data.frames:

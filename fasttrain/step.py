@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,11 @@ from .kernels import network_input
 from .loaders import Batch
 from .loaders.order import part_sizes
 from .log import Clock
-from .optim import Schedule, build_average, build_optimiser
+from .optim import Schedule, average_again, build_average, build_optimiser
 from .ranks import Ranks
 from .reduce import GradientSum, RunningStatistics
 from .sources import SoftTargets
+from .step_graph import Outputs, StepGraph, recorder_for
 from .stragglers import WAITS
 
 
@@ -34,6 +36,8 @@ class Stepper:
         optimisers: one for each pass over an epoch's images.
         average: the moving average of the target's weights, or None.
         mean, std: of the target's input, on the device.
+        graph: takes whole steps with ``run.compile: step``, else None. The first step of a process, those with cosines, of
+            later passes and of an epoch's last batch that is not full are taken without it.
     """
 
     def __init__(self, parts: Parts, ranks: Ranks, schedule: Schedule, guard: FiniteGuard, clock: Clock) -> None:
@@ -53,6 +57,14 @@ class Stepper:
             torch._dynamo.config.recompile_limit = 32  # sizes that grow, and an epoch's last batch
             mode = "reduce-overhead" if parts.compile == "graphs" else None
             self.losses = torch.compile(self._losses, mode=mode, dynamic=False)
+        self.graph: StepGraph | None = None
+        self._rates: list[Tensor] = []  # of the first optimiser's groups, on the device, as a graph needs them
+        if parts.compile == "step":
+            assert not ranks.several and not self.scaler.is_enabled()
+            self.graph = StepGraph(self._whole_step, recorder_for(parts.device))
+            self._rates = [torch.zeros((), device=parts.device) for _ in self.optimisers[0].param_groups]
+            self._sent = [0.0] * len(self._rates)
+        self._begun = False  # whether this process has taken a step
         self._gradients = [GradientSum(_parameters(o), ranks) for o in self.optimisers] if ranks.several else []
         self._statistics = RunningStatistics((self.target, self.method.companions), ranks, parts.device)
 
@@ -75,6 +87,8 @@ class Stepper:
         whole, sizes = batch.whole or len(batch), batch.parts or ((len(batch),) if len(batch) else ())
         factor = self.schedule.rise(place) * self.schedule.factor(place)
         self._seed(where.step, 0)
+        if self._is_whole(whole, sizes, number, place):
+            return self._take_whole(batch, soft, factor, where)
         losses = self._cosines(batch, soft, whole) if not number and self._measures(place) and sizes else {}
         gradients = self._gradients[number] if self._gradients else None
         divided = gradients is not None or len(sizes) > 1 or self.recipe.run.skip_nonfinite > 0
@@ -94,6 +108,9 @@ class Stepper:
             if gradients is not None and part + 1 == len(sizes):
                 gradients.begin()
             loss.backward(inputs=_parameters(self.optimisers[number]) if number else None)
+            if self.parts.compile == "graphs" and gradients is None and part == 0 and len(sizes) > 1:
+                for parameter in _parameters(self.optimisers[number]):  # what a graph gave, its next replay overwrites
+                    parameter.grad = None if parameter.grad is None else parameter.grad.clone()
             if divided:
                 self._statistics.after_part()
             for name, value in found.items():
@@ -109,8 +126,77 @@ class Stepper:
         self.clock.mark("optimiser")
         return losses, taken
 
+    def _is_whole(self, whole: int, sizes: tuple[int, ...], number: int, place: int) -> bool:
+        """Whether a step can be replayed, or recorded: it is like most others."""
+        if self.graph is None or not self._begun or number or len(sizes) != 1 or self._measures(place):
+            return False
+        return whole == min(self.spec.batch, len(self.spec.index_N) * self.spec.shows)
+
+    def _take_whole(
+        self, batch: Batch, soft: SoftTargets | None, factor: float, where: Where
+    ) -> tuple[dict[str, Tensor], bool]:
+        """A step of which nothing but its inputs comes from the host. Losses of one that is left out are 0."""
+        assert self.graph is not None
+        self._set_rates(0, factor)
+        losses, good = self.graph(batch.pixels, batch.targets, soft)
+        if self.average is not None:
+            self.average.n_averaged += 1
+        self.clock.mark("target")
+        self.guard.hear(good, where)
+        return losses, True
+
+    def _whole_step(self, pixels: Tensor, targets: Tensor, soft: SoftTargets | None) -> Outputs:
+        """What the device does in such a step: the same as in :meth:`take`, of one process with one part."""
+        optimiser, clip, skips = self.optimisers[0], self.recipe.optim.clip_norm, self.recipe.run.skip_nonfinite > 0
+        parameters = _parameters(optimiser)
+        optimiser.zero_grad(set_to_none=True)  # gradients then lie in the graph's own memory
+        if skips:
+            self._statistics.begin()
+        found = self.losses(pixels, targets, soft)
+        found["loss"].backward()
+        losses = {name: value.detach() for name, value in found.items()}
+        if skips:
+            self._statistics.after_part()
+            losses = self._statistics.finish(1, losses)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        with self._rates_on_device(0):
+            good = self.guard.leave_out(optimiser, norm)
+        if skips:
+            self._statistics.keep_if_finite(norm)
+        if self.average is not None:
+            average_again(self.average, self.target)
+        optimiser.zero_grad(set_to_none=True)
+        return {name: value.masked_fill(~good, 0.0) for name, value in losses.items()}, good
+
+    def _set_rates(self, number: int, factor: float) -> None:
+        """The learning rates of a step; in a run with a graph those of the first optimiser on the device, too."""
+        spec, groups = self.method.optim(number), self.optimisers[number].param_groups
+        for i, group in enumerate(groups):
+            rate = spec.lr * factor * group.get("factor", 1.0)
+            if self._rates and not number and rate != self._sent[i]:
+                self._rates[i].fill_(rate)
+                self._sent[i] = rate
+            group["lr"] = rate
+
+    @contextmanager
+    def _rates_on_device(self, number: int) -> Iterator[None]:
+        """The optimiser takes its rates from the device in the block; a checkpoint has numbers."""
+        groups = self.optimisers[number].param_groups
+        numbers = [group["lr"] for group in groups]
+        for group, rate in zip(groups, self._rates if not number else (), strict=False):
+            group["lr"] = rate
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, numbers, strict=True):
+                group["lr"] = rate
+
     def close(self) -> None:
         """Lets go of the networks."""
+        if self.graph is not None:
+            self.graph.close()
         for gradients in self._gradients:
             gradients.close()
 
@@ -132,9 +218,8 @@ class Stepper:
 
     def _optimise(self, number: int, factor: float, where: Where) -> bool | Tensor:
         """The optimiser's step, which is left out where the gradient is not finite; whether it was taken."""
-        optimiser, spec, clip = self.optimisers[number], self.method.optim(number), self.recipe.optim.clip_norm
-        for group in optimiser.param_groups:
-            group["lr"] = spec.lr * factor * group.get("factor", 1.0)
+        optimiser, clip = self.optimisers[number], self.recipe.optim.clip_norm
+        self._set_rates(number, factor)
         parameters = _parameters(optimiser)
         taken: bool | Tensor = True
         if self.scaler.is_enabled():
@@ -143,7 +228,9 @@ class Stepper:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-            taken = self.guard.step(optimiser, norm, where)
+            with self._rates_on_device(number):
+                taken = self.guard.step(optimiser, norm, where)
+            self._begun = self._begun or (not number and taken is not False)
             if self.recipe.run.skip_nonfinite:
                 self._statistics.keep_if_finite(norm)
         if taken is not False and self.average is not None and not number:
