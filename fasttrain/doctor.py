@@ -9,8 +9,8 @@ import torch.distributed as dist
 from . import kernels
 from .device import choose_compile, choose_device, choose_dtype, choose_source_dtype, cpu_name
 from .environment import versions
+from .loaders.choose import chosen_here
 from .loaders.parts import import_part, missing_part
-from .loaders.show import load_libjpeg
 
 OPTIONAL = {
     "ffcv": ("ffcv", "loader of packed images on the CPU; make test builds it, or pip install 'fasttrain[ffcv]'"),
@@ -78,18 +78,8 @@ def _processes(device: str) -> str:
 
 def _loaders(device: str) -> str:
     """What ``data.loader: auto`` takes here for each kind of data set."""
-    parts = ["resident where the decoded images fit into a quarter of the memory"]
-    ffcv, dali = missing_part("ffcv"), missing_part("nvidia.dali")
-    if not ffcv:
-        try:
-            parts.append(f"packed files: ffcv ({load_libjpeg()})")
-        except ValueError as error:
-            ffcv = str(error)
-    if ffcv:
-        instead = "dali" if device == "cuda" and not dali else "torch, which is SLOW"
-        parts.append(f"packed files: {instead} (no ffcv: {ffcv})")
-    files = "dali" if device == "cuda" and not dali else "torch (DataLoader)"
-    return "; ".join([*parts, f"other files: {files}" + (f" (no dali: {dali})" if dali else "")])
+    here = "resident where the decoded images fit into a quarter of the memory"
+    return f"{here}; {chosen_here(device)}"
 
 
 def _videos() -> str:

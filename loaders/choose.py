@@ -1,6 +1,11 @@
-"""What ``data.loader: auto`` means here, and why."""
+"""What ``data.loader: auto`` means here, and why.
+
+Which loader is best for what is data: :data:`RULES`, best first. A rule names the result that it comes from; one without says
+so, in the run's log and in ``fasttrain doctor``.
+"""
 
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -11,10 +16,49 @@ from .parts import missing_part
 from .show import load_libjpeg
 from .video import Clips
 
+PACKED, FILES = "packed files", "other files"
+_SHORT = {"ffcv": "FFCV", "dali": "DALI"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A loader that is taken where it can be, and no rule above it applies.
+
+    Attributes:
+        data: ``PACKED`` (a ``.beton``) or ``FILES`` (image files, or shards of them).
+        device: type of the device that the batches go to.
+        loader: its name.
+        result: the file under ``benchmarks/results/`` in which it was the fastest of those in the rules for this data and
+            device; empty where that was not measured.
+        note: why it is here nevertheless.
+    """
+
+    data: str
+    device: str
+    loader: str
+    result: str = ""
+    note: str = ""
+
+    @property
+    def why(self) -> str:
+        """What stands behind it, in words."""
+        return f"measured, {self.result}" if self.result else self.note
+
+
+_CPU = "2026-11-21-loaders-cpu.json"
+_UNSEEN = f"not yet measured on a GPU; on the CPU the fastest, {_CPU}"
+RULES = (
+    Rule(PACKED, "cpu", "ffcv", result=_CPU),
+    Rule(PACKED, "cuda", "ffcv", note=_UNSEEN),
+    Rule(PACKED, "cuda", "dali", note="not yet measured on a GPU; it leaves the CPU free"),
+    Rule(FILES, "cuda", "dali", note="not yet measured on a GPU; it leaves the CPU free"),
+)
+"""What measured best, best first; where none of it can be used, ``torch``, which reads everything."""
+
 
 def choose_loader(spec: LoaderSpec, device: torch.device | str = "cpu") -> tuple[str, str]:
-    """(loader, why): video for clips; resident where the decoded split fits into a quarter of the memory; else ffcv for a
-    packed file on the CPU's decoder, dali where a GPU shall decode and FFCV is not here; else torch."""
+    """(loader, why): video for clips; resident where the decoded split fits into a quarter of the memory; else the first of
+    :data:`RULES` that can be used here; else torch."""
     device = torch.device(device)
     if spec.clip is not None:
         slow = isinstance(spec.dataset.read, Clips) and spec.dataset.read.in_files
@@ -22,18 +66,45 @@ def choose_loader(spec: LoaderSpec, device: torch.device | str = "cpu") -> tuple
     fits, sizes = _fits(spec, device)
     if fits:
         return "resident", sizes
-    read = spec.dataset.read
-    if isinstance(read, Packed) and not spec.stored:
-        missing = missing_part("ffcv") or _missing_libjpeg()
-        if not missing:
-            return "ffcv", f"a packed file; {sizes}"
-        if device.type == "cuda" and not missing_part("nvidia.dali"):
-            return "dali", f"a packed file, and FFCV is not here ({missing}); {sizes}"
-        return "torch", f"SLOW: a packed file, and FFCV is not here ({missing}); {sizes}"
-    if device.type == "cuda" and isinstance(read, Encoded) and not spec.stored and not missing_part("nvidia.dali"):
-        return "dali", f"files that a GPU can decode; {sizes}"
-    hint = "; `fasttrain pack` makes a file that loads faster" if isinstance(read, Encoded) and not spec.stored else ""
-    return "torch", f"{sizes}{hint}"
+    if not isinstance(spec.dataset.read, Encoded) or spec.stored:
+        return "torch", sizes
+    data = PACKED if isinstance(spec.dataset.read, Packed) else FILES
+    rule, without = _first(data, device.type)
+    absent = "".join(f", and {_SHORT[name]} is not here ({why})" for name, why in without.items())
+    if rule is not None:
+        what = "a packed file" if data == PACKED else "files that a GPU can decode"
+        return rule.loader, f"{what}{absent} ({rule.why}); {sizes}"
+    if data == PACKED:
+        return "torch", f"SLOW: a packed file{absent}; {sizes}"
+    return "torch", f"{sizes}; `fasttrain pack` makes a file that loads faster"
+
+
+def chosen_here(device: str) -> str:
+    """What :func:`choose_loader` takes on this machine for packed files and for others, and why, in one line."""
+    parts = []
+    for data in (PACKED, FILES):
+        rule, without = _first(data, device)
+        absent = "".join(f"; no {name}: {why}" for name, why in without.items())
+        if rule is not None:
+            parts.append(f"{data}: {rule.loader} ({rule.why}{absent})")
+        else:
+            slow = ", which is SLOW" if data == PACKED else ""
+            parts.append(f"{data}: torch{slow}" + (f" ({absent.removeprefix('; ')})" if absent else ""))
+    return "; ".join(parts)
+
+
+def _first(data: str, device: str) -> tuple[Rule | None, dict[str, str]]:
+    """The first rule whose loader can be used here; and the loaders before it, with what is missing."""
+    without: dict[str, str] = {}
+    for rule in RULES:
+        if (rule.data, rule.device) == (data, device):
+            missing = (
+                missing_part("nvidia.dali") if rule.loader == "dali" else missing_part("ffcv") or _missing_libjpeg()
+            )
+            if not missing:
+                return rule, without
+            without[rule.loader] = missing
+    return None, without
 
 
 def _missing_libjpeg() -> str:

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+from fasttrain.loaders.choose import chosen_here
 
 from fasttrain.build import build, loader_specs, loader_workers, open_data
 from fasttrain.doctor import examine
@@ -93,6 +94,7 @@ def test_synthetic_data_train(smoke):
 def test_doctor_says_what_auto_takes(monkeypatch):
     said = examine()["uses"]["loader"]
     assert "resident where" in said and "packed files: " in said
-    monkeypatch.setattr("fasttrain.doctor.missing_part", lambda module: f"no {module}")
+    monkeypatch.setattr("fasttrain.loaders.choose.missing_part", lambda module: f"no {module}")
     said = examine()["uses"]["loader"]
-    assert "packed files: torch, which is SLOW (no ffcv: no ffcv)" in said and "no dali" in said
+    assert "packed files: torch, which is SLOW (no ffcv: no ffcv" in said and "other files: torch" in said
+    assert "no dali: no nvidia.dali" in chosen_here("cuda")

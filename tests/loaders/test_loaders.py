@@ -3,6 +3,7 @@
 test_equivalence.py has all of them, on packed sets.
 """
 
+import json
 import re
 from dataclasses import replace
 
@@ -205,16 +206,16 @@ SEVERAL, LARGE = r"images of several sizes", r"too large to be resident: 0\.00 G
 @pytest.mark.parametrize(
     ("data", "changes", "missing", "device", "choice", "why"),
     [
-        ("kept", {}, (), "cpu", "ffcv", rf"a packed file; {SEVERAL}"),
-        ("raw", {}, (), "cuda", "ffcv", rf"a packed file; {SEVERAL}"),
-        ("even", {}, (), "cpu", "ffcv", rf"a packed file; {LARGE}pu"),
+        ("kept", {}, (), "cpu", "ffcv", rf"a packed file \(measured, .*cpu\.json\); {SEVERAL}"),
+        ("raw", {}, (), "cuda", "ffcv", rf"a packed file \(not yet measured on a GPU; .*\); {SEVERAL}"),
+        ("even", {}, (), "cpu", "ffcv", rf"a packed file .*; {LARGE}pu"),
         ("kept", {}, ("ffcv",), "cpu", "torch", rf"SLOW: .* FFCV is not here \(ImportError: no ffcv\); {SEVERAL}"),
         ("kept", {}, ("libjpeg",), "cpu", "torch", r"SLOW: .* \(no libturbojpeg\)"),
         ("kept", {}, ("ffcv",), "cuda", "dali", r"a packed file, and FFCV is not here \(ImportError: no ffcv\)"),
         ("kept", {}, ("ffcv", "nvidia.dali"), "cuda", "torch", r"SLOW: "),
         ("kept", {"stored": 24}, (), "cpu", "torch", rf"{LARGE}pu$"),
         ("tree", {}, (), "cpu", "torch", r"files of any size .*; `fasttrain pack` makes a file that loads faster"),
-        ("tree", {}, (), "cuda", "dali", r"files that a GPU can decode; files of any size"),
+        ("tree", {}, (), "cuda", "dali", r"files that a GPU can decode \(not yet .*\); files of any size"),
         ("tree", {}, ("nvidia.dali",), "cuda", "torch", r"files of any size"),
     ],
 )
@@ -223,6 +224,23 @@ def test_the_choice_and_its_reason(tree, packed, machine, data, changes, missing
     chosen, said = choose_loader(spec_of({"tree": tree, **packed}[data], **changes), device)
     assert chosen == choice
     assert re.match(why, said), said
+
+
+def test_a_rule_that_names_a_result_is_the_fastest_there(repository, monkeypatch):
+    """And a result that says otherwise changes one line."""
+    rows = {"cpu": {"ffcv": "ffcv", "torch": "torch", "dali": "dali cpu"}, "cuda": {"dali": "dali gpu", "ffcv": "ffcv"}}
+    for rule in (rule for rule in choosing.RULES if rule.result):
+        content = json.loads((repository / "benchmarks/results" / rule.result).read_text())
+        assert content["device"].startswith(rule.device)
+        speed = {(row["name"], row["size"]): row["images_per_s"] for row in content["rows"]}
+        for size in {size for _, size in speed}:
+            found = {name: speed[row, size] for name, row in rows[rule.device].items() if (row, size) in speed}
+            assert max(found, key=found.__getitem__) == rule.loader
+    monkeypatch.setattr(choosing, "missing_part", lambda module: "")
+    assert choosing.chosen_here("cuda").startswith("packed files: ffcv (not yet measured on a GPU")
+    first = choosing.Rule(choosing.PACKED, "cuda", "dali", result="a-result.json")
+    monkeypatch.setattr(choosing, "RULES", (first, *choosing.RULES))
+    assert choosing.chosen_here("cuda").startswith("packed files: dali (measured, a-result.json); other files: dali (")
 
 
 def test_what_fits_is_resident(packed, machine):
