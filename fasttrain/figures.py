@@ -70,6 +70,26 @@ def cosines(jobs: list, names: list[str]) -> str:
     return _embedded(figure, "gradient cosines")
 
 
+def use(jobs: list) -> str:
+    """How busy the GPU was, where there is one, and memory: the process's own and the GPU's; empty where no log has them."""
+    told = {field for job in jobs for line in read_lines(job.folder, "step") for field in line}
+    titles = {
+        "gpu_percent": "GPU busy, %",
+        "gpu_gib": "memory of the GPU, GiB",
+        "own_gib": "memory of the process, GiB",
+    }
+    shown = [field for field in titles if field in told]
+    if not shown:
+        return ""
+    figure = _figure(3.7 * len(shown), 2.6)
+    for axis, field in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for job in jobs:
+            _lines(axis, jobs, job, "step", field)
+        _finish(axis, titles[field])
+        axis.set_ylim(bottom=0)
+    return _embedded(figure, "use of the machine")
+
+
 def _lines(axis: Any, jobs: list, job: Any, kind: str, field: str) -> None:
     rows = list(dict.fromkeys(j.row for j in jobs))
     lines = [line for line in read_lines(job.folder, kind) if field in line]

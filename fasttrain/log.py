@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .gpu_use import Use
+
 Watcher = Callable[[dict[str, Any]], None]
 
 
@@ -78,14 +80,25 @@ class RunLog:
         tensorboard: write TensorBoard events.
         keep: bytes of an earlier metrics.jsonl to keep: what the checkpoint to go on from knew of; 0 starts anew.
         step: that checkpoint's step.
+        device: where the training computes: lines of steps then tell what it uses of the machine (``gpu_use.py``).
     """
 
-    def __init__(self, folder: Path | None, watch: Watcher, *, tensorboard: bool, keep: int = 0, step: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        watch: Watcher,
+        *,
+        tensorboard: bool,
+        keep: int = 0,
+        step: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
         self._watch: Watcher = watch if folder is not None else lambda line: None
         self._waiting: list[bytes] = []
         self._failing = False
         self._board: Any = None
         self._file: io.FileIO | None = None
+        self._use: Use | None = None
         if folder is None:
             return
         path = folder / "metrics.jsonl"
@@ -101,11 +114,15 @@ class RunLog:
 
             with self._giving_up_board():
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if keep else None)
+        if device is not None:
+            self._use = Use(device, self._note)
 
     def write(self, line: dict[str, Any]) -> None:
         """A line with ``kind`` and ``step``; its other numbers become TensorBoard scalars."""
         if self._file is None:
             return
+        if self._use is not None and line["kind"] == "step":
+            line = line | self._use.lately()
         self._waiting.append((json.dumps(line) + "\n").encode())
         self._flush()
         with self._giving_up_board():
@@ -114,6 +131,10 @@ class RunLog:
                 if self._board is not None and numbers:
                     self._board.add_scalar(f"{line['kind']}/{name}", value, line["step"])
         self._watch(line)
+
+    def use(self) -> dict[str, dict[str, float]]:
+        """Mean and peak of what this process has used of the machine since its log began."""
+        return self._use.whole() if self._use is not None else {}
 
     def position(self) -> int:
         """Bytes of whole lines in the file, for a checkpoint: a run that goes on from it keeps these and writes after them.
@@ -130,6 +151,8 @@ class RunLog:
         """Lines that still find no room are lost, and counted in a note."""
         if self._file is None:
             return
+        if self._use is not None:
+            self._use.close()
         self._flush()
         if self._waiting:
             self._note(f"{self._file.name}: its last {len(self._waiting)} lines were never written")

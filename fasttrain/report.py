@@ -63,6 +63,7 @@ def write(path: Path, recipe: Recipe, table: dict[str, Any], jobs: list, summari
         *_probes(jobs),
         "<h2>Where the time went</h2>",
         _times(jobs, summaries),
+        *_use(jobs, summaries),
         "<h2>Sources and data</h2>",
         f"<pre>{_e(chr(10).join(dict.fromkeys(line for s in summaries for line in s['log'])))}</pre>",
         "<h2>Made on</h2>",
@@ -235,6 +236,31 @@ def _probe_table(group: dict[str, Probe]) -> str:
             cells = "".join(f"<td>{percent(values.get(stage))}" for stage in stages)
             body += f"<tr><td>{_e(name)}{cells}"
     return f"<table><tr><th>{''.join(f'<th>{_e(stage)}' for stage in stages)}{body}</table>"
+
+
+_USE = {"gpu_percent": "GPU busy, %", "gpu_gib": "GPU GiB", "gpu_watts": "watts", "gpu_mhz": "MHz"}
+_USE |= {"torch_peak_gib": "PyTorch's most, GiB", "own_gib": "process GiB"}
+
+
+def _use(jobs: list, summaries: list[dict[str, Any]]) -> list[str]:
+    """What the runs used of their machine: a line each, and curves; nothing of runs whose summaries are older than these."""
+    told = [s.get("use", {}) for s in summaries]
+    shown = [name for name in _USE if any(name in its for its in told)]
+    if not shown:
+        return []
+    rows = []
+    for job, its in zip(jobs, told, strict=True):
+        cells = [f"{its[n]['mean']:.4g} ({its[n]['peak']:.4g})" if n in its else "" for n in shown]
+        rows.append(f"<tr><td>{_e(job.label)}{''.join(f'<td>{cell}' for cell in cells)}")
+    head = "".join(f"<th>{_e(_USE[n])}" for n in shown)
+    note = "<p class=small>Means, and peaks in brackets. The GPU's figures are of all that it does, not of this run alone.</p>"
+    gpu = note if "gpu_percent" in shown else "<p class=small>Means, and peaks in brackets.</p>"
+    return [
+        "<h2>Use of the machine</h2>",
+        f"<table><tr><th>{head}{''.join(rows)}</table>",
+        gpu,
+        figures.use(jobs),
+    ]
 
 
 def _times(jobs: list, summaries: list[dict[str, Any]]) -> str:

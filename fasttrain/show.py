@@ -7,6 +7,7 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from .gpu_use import in_short
 from .recipe import Recipe
 from .sources.recall import Fill
 from .words import own_columns, percent, rows_by_kind
@@ -68,6 +69,7 @@ class Watch:
         waits = f"waits {line.get('data_share', 0):.0f} % for data, {line.get('sources_share', 0):.0f} % for sources"
         loss = f", loss {line['loss']:.3f}" if "loss" in line else ""
         text = f"{line['images_per_s']:.0f} {self.unit}/s{loss}, {waits}"
+        text += f", {use}" if (use := in_short(line)) else ""
         text += f", {self.val[label]}" if label in self.val else ""
         text += f", {_time(left)} left" if left is not None else ""
         advice = line.get("advice", "")

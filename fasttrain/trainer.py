@@ -90,9 +90,8 @@ class Trainer:
         networks = (self.target, self.method.companions)
         self.ranks.share(t for n in networks for t in n.state_dict().values())  # others may draw other random numbers
         self.ranks.first_does(self._make_folder)
-        self.log = RunLog(
-            folder if self.ranks.first else None, watch, tensorboard=recipe.run.tensorboard, keep=kept, step=self.step
-        )
+        place, board = folder if self.ranks.first else None, recipe.run.tensorboard
+        self.log = RunLog(place, watch, tensorboard=board, keep=kept, step=self.step, device=parts.device)
         self.writer = CheckpointWriter(self.checkpoints, keep=recipe.run.keep, report=self._note)
         for line in parts.log:
             self._note(line)
@@ -318,6 +317,7 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "time_share_percent": shares(self.clock.seconds),
             "advice": self._advice(shares(self.clock.seconds)),
+            "use": self.log.use(),
             "epochs": self.epoch,
             "steps": self.step,
             "left_out_steps": self.guard.left_out,

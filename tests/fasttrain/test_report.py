@@ -195,13 +195,16 @@ def several_labels(tmp_path_factory):
     return Made(load("smoke", [*PLAIN, *where, *more, "--name", "several"]))
 
 
+USE = "use of the machine"
+
+
 def pictures(page: str) -> list[str]:
     return re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,', page)
 
 
 def test_the_page_of_a_comparison(two_rows):
     page = two_rows.page
-    assert pictures(page) == ["curves", "gradient cosines", "confusion matrices", "Grad-CAM"]
+    assert pictures(page) == ["curves", "gradient cosines", "confusion matrices", "Grad-CAM", USE]
     assert "http" not in page and "<script" not in page and "<link" not in page
     assert (
         "Weights were selected by accuracy on the validation split; the test split was looked at once per run." in page
@@ -229,7 +232,7 @@ def test_the_cosines_are_those_of_the_log(two_rows):
 def test_classes_that_no_picture_can_name(two_rows, monkeypatch):
     monkeypatch.setattr(figures, "_NAMED", 2)
     page = two_rows.again()
-    assert pictures(page) == ["curves", "gradient cosines", "Grad-CAM"]
+    assert pictures(page) == ["curves", "gradient cosines", "Grad-CAM", USE]
     count_KK = sum(np.array(s["details"]["confusion"]) for s in two_rows.summaries[1::2])
     np.fill_diagonal(count_KK, 0)
     rows = re.findall(r"<tr><td>(\w+)<td>(\w+)<td>(\d*)<td>(\d+)", page)
@@ -254,7 +257,7 @@ def test_what_cannot_be_shown_is_a_sentence(two_rows, monkeypatch):
 
     monkeypatch.setattr(report_data, "open_data", lost)
     page = two_rows.again()
-    assert "Not shown: no such data" in page and pictures(page) == ["curves", "gradient cosines"]
+    assert "Not shown: no such data" in page and pictures(page) == ["curves", "gradient cosines", USE]
 
 
 def test_summaries_of_older_runs_have_no_details(two_rows):
@@ -268,7 +271,7 @@ def test_the_page_of_several_labels(several_labels):
     ap_K = summary["details"]["ap_per_class"]
     assert summary["metric"] == "map" and np.mean(ap_K) == pytest.approx(summary["test"]["map"])
     assert "<th>mAP %<th>mAP at 11 points %<th>AP of images %" in page
-    assert pictures(page) == ["curves", "average precision %", "Grad-CAM"] and "No map of" not in page
+    assert pictures(page) == ["curves", "average precision %", "Grad-CAM", USE] and "No map of" not in page
     assert "Weights were selected by mAP on the test split itself" in page and "looked at once" not in page
 
 
