@@ -65,11 +65,19 @@ def side_by_side(
 
 
 def copy_bandwidth(device: torch.device, mib: int = 512) -> float:
-    """Bytes a second, read and written, of copying a tensor of random floats: what memory gives at best."""
+    """Bytes a second, read and written, of copying a tensor of so many MiB of random floats: what memory gives at best."""
     sets = [torch.randn(mib * 2**18, device=device) for _ in range(2)]
     out = torch.empty_like(sets[0])
     case = side_by_side({"copy": lambda i: out.copy_(sets[i])}, device, sets=2)["copy"]
     return 2 * out.numel() * 4 / (case.ms / 1e3)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large matrix product: what arithmetic gives at best."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    case = side_by_side({"product": lambda i: a @ b}, device, sets=1)["product"]
+    return 2 * side**3 / (case.ms / 1e3)
 
 
 def cache_bytes(device: torch.device) -> int:

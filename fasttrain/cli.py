@@ -35,7 +35,7 @@ usage: fasttrain COMMAND ...
                                          a table of the paper, 2 to 8 or fig4: ours beside theirs (`fasttrain table -h`)
   pretext RECIPE [--budget full|smoke] [--probe] [--rows] [--field value ...]
                                          puzzle -> clusters -> pseudo-labels -> target (`fasttrain pretext -h`)
-  bench loaders|video|kernels|sources|transfer|step|clusters|checkpoints|scaling [--json FILE]
+  bench loaders|video|kernels|sources|transfer|step|clusters|checkpoints|scaling|floors|trace|tuning [--json FILE]
                                              speed beside others' in the same run (`fasttrain bench loaders -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
 
@@ -339,7 +339,20 @@ _GOES_ON = {
     "table": "; the same command goes on from the last checkpoint",
     "pretext": "; the same command goes on where it was",
 }
-SUITES = ("checkpoints", "clusters", "kernels", "loaders", "scaling", "sources", "step", "transfer", "video")
+SUITES = (
+    "checkpoints",
+    "clusters",
+    "floors",
+    "kernels",
+    "loaders",
+    "scaling",
+    "sources",
+    "step",
+    "trace",
+    "transfer",
+    "tuning",
+    "video",
+)
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,

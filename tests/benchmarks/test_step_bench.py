@@ -37,6 +37,12 @@ def test_step(fasttrain, tmp_path):
     assert found["live"]["shares"]["sources"] > found["recalled"]["shares"]["sources"]
     assert set(found["recalled"]["relative_to"]) == {"heads alone"}
     assert content["flops_per_image"]["source0"] > 0
+    for row in found.values():
+        floor = row["floor"]
+        assert row["over_floor"] == pytest.approx(16e3 / row["images_per_s"] / floor["by_operation_ms"])
+        assert floor["by_operation_ms"] >= max(floor["by_flops_ms"], floor["by_bytes_ms"]) > 0
+    assert found["live"]["floor"]["by_flops_ms"] > found["recalled"]["floor"]["by_flops_ms"]
+    assert found["recalled"]["floor"] == found["heads alone"]["floor"]
     assert "recalled" in done.stdout and "peak:" in done.stdout
 
 
