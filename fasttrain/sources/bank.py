@@ -51,6 +51,7 @@ class SourceBank:
 
     Attributes:
         strategy: the one that runs.
+        one_shape: whether batches of many shapes are dear to it.
 
     Raises:
         ValueError: a strategy that cannot run here or with these networks; later, logits that are no numbers.
@@ -82,6 +83,7 @@ class SourceBank:
                 self._run = torch.compile(self._run, dynamic=False)
             elif self.strategy == "graphed":
                 self._run = _Graphs(self._run)
+        self.one_shape = self._whole and self.strategy in ("compiled", "graphed")
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> SoftTargets:

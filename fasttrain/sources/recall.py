@@ -26,6 +26,7 @@ from .soft_targets import SoftTargets
 Report = Callable[[str], None]
 Opener = Callable[[LoaderSpec], EpochLoader]
 FILL_BATCH = 128
+_PINNED = 1 << 26  # bytes that are copied to a GPU without the host waiting
 
 
 @dataclass(frozen=True)
@@ -245,10 +246,17 @@ class RecalledSources:
     def _learn(self, batch: Batch, view_B: np.ndarray, index_B: np.ndarray, unknown_B: np.ndarray) -> None:
         """Asks the live sources for these labels, and keeps them."""
         met_M = np.flatnonzero(unknown_B)
-        shown = self._shown(batch)
+        shown, at_M = self._shown(batch), None
         if len(met_M) < len(batch):
-            shown = shown[torch.from_numpy(met_M).to(shown.device)]
-        parts = self.bank.logits(shown).split(list(self.class_counts), dim=1)
+            at_M = torch.from_numpy(met_M).to(shown.device)
+        if (
+            at_M is None or self.bank.one_shape
+        ):  # what is compiled or recorded anew costs more than images shown in vain
+            logits_MC = self.bank.logits(shown)
+            logits_MC = logits_MC if at_M is None else logits_MC[at_M]
+        else:
+            logits_MC = self.bank.logits(shown[at_M])
+        parts = logits_MC.split(list(self.class_counts), dim=1)
         for m, (file, logits) in enumerate(zip(self.files, parts, strict=True)):
             check_finite(self.names[m], logits)
             record_M = file.form.records(logits)
@@ -334,5 +342,9 @@ def _sent(records: np.ndarray, device: torch.device) -> dict[str, Tensor]:
     out = {}
     for name in records.dtype.names:
         values = torch.from_numpy(np.ascontiguousarray(records[name]))
-        out[name] = values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+        if (
+            device.type == "cuda" and values.nbytes <= _PINNED
+        ):  # a whole table would stay locked in memory, and twice as large
+            values = values.pin_memory()
+        out[name] = values.to(device, non_blocking=True)
     return out

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from torch.optim import SGD, lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fasttrain.optim import Schedule, build_average, build_optimiser
 from fasttrain.recipe import Optim
@@ -86,6 +87,21 @@ def test_moving_average():
         expected = network.weight.detach().clone() if step == 0 else 0.9 * expected + 0.1 * network.weight.detach()
     assert torch.allclose(average.module.weight, expected)
     assert build_average(Optim(), network) is None
+
+
+def test_moving_average_is_torchs():
+    """Statistics and counters of batch norms too, to the last bit; its state is torch's."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    ours = build_average(Optim(ema=0.9), network)
+    theirs = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        network(torch.randn(2, 3, 8, 8))
+        with torch.no_grad():
+            network[0].weight.mul_(1.5)
+        for average in (ours, theirs):
+            average.update_parameters(network)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 
 
 def test_apex_that_is_not_there(monkeypatch):

@@ -69,6 +69,21 @@ def test_what_another_run_adds_meanwhile_is_found(parts_of, tmp_path):
     assert first.computed > 0 and second.computed > 0
 
 
+def test_a_bank_of_one_shape_is_shown_whole_batches(parts_of, tmp_path, monkeypatch):
+    """A GPU's compiled sources would be compiled anew for every number of missing labels."""
+    parts, others = parts_of(), parts_of("--data.batch", "20", "--run.seed", "7")
+    some, recall = opened(others, tmp_path), opened(parts, tmp_path)
+    live = SourceBank(parts.networks, torch.float32)
+    some(next(iter(others.loaders["train"])))
+    recall.bank.one_shape, logits, shown = True, recall.bank.logits, []
+    monkeypatch.setattr(recall.bank, "logits", lambda pixels: shown.append(len(pixels)) or logits(pixels))
+    batches = list(parts.loaders["train"])
+    for batch in batches:
+        assert torch.equal(recall(batch).logits_BC, live(batch).logits_BC)
+    assert shown == [len(batch) for batch in batches]
+    assert some.computed == 20 and recall.computed == sum(shown) - 20
+
+
 def test_parts_of_a_data_set_share_their_labels(parts_of, tmp_path):
     """A run on fewer images, with other settings of everything that the sources do not see."""
     parts = parts_of("--data.labelled", "60")
