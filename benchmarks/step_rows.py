@@ -170,6 +170,18 @@ class Ours:
         self.trainer.clock.settle()
         self.trainer.clock.start()
 
+    def close(self) -> None:
+        """Ends threads and closes files."""
+        trainer = self.trainer
+        self._walk = iter(())
+        trainer.writer.close()
+        trainer.log.close()
+        trainer.stepper.close()
+        if trainer.sources is not None:
+            trainer.sources.close()
+        for loader in trainer.parts.loaders.values():
+            loader.close()
+
 
 class _Constant:
     """Soft targets that cost nothing: the same for every batch."""

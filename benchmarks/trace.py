@@ -1,0 +1,224 @@
+"""Suite ``trace``: what runs when in a training step, as figures and as a picture of one step.
+
+    fasttrain bench trace [options of `fasttrain bench step`] [--row live] [--steps 5] [--change FIELD=VALUE]
+                          [--picture FILE.svg] [--json FILE]
+
+  --row      live, recalled, heads alone, scratch or synthetic, as `fasttrain bench step -h` explains them
+  --steps    that are looked at, after as many as it takes until all is compiled and known
+  --change   a field of the recipe, such as transfer.bank=graphed; may be given several times
+  --picture  one step, drawn: a lane for each CUDA stream and the host's
+
+A lane of a GPU is a stream with what the target or the sources have started there, or the copies from and to the host: which of
+these it is follows from the call on the host that started a kernel. A step begins with the first kernel of the target's that is
+started in it, so that the sources' kernels in it are mostly the next batch's. The host's lane has operators and calls of CUDA,
+and another one the calls that wait. Without a GPU there are only the host's lanes: operators of the sources and of all else.
+
+``busy`` is the share of the time in which any kernel runs, ``both`` that in which one of the target's and one of the sources'
+do. Looking slows the host down: ``ms unwatched`` is a step of the same process just before.
+"""
+
+import json
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from fasttrain.device import choose_device, choose_dtype
+
+from . import step_options
+from .lanes import WAITS, Event, Interval, draw, reduced
+from .step_rows import Ours, opened
+
+ROWS = ("live", "recalled", "heads alone", "scratch", "synthetic")
+_STEP, _SOURCES = "fasttrain step", "fasttrain sources"  # what steps and sources' starts are called in a trace
+_SETTLING = 2  # watched steps that do not count: the first are slowed by the profiler's own start
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch", "cudaMemcpy", "cudaMemset")
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """Runs and watches; prints figures, draws where asked, and returns them with the drawn intervals.
+
+    Raises:
+        ValueError: arguments that make no sense, or no data.
+    """
+    parser = step_options.parser("trace", [name for name in step_options.EVERY if name != "repeats"])
+    parser.add_argument("--row", choices=ROWS, default="live")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--change", action="append", default=[])
+    parser.add_argument("--picture", type=Path)
+    given = step_options.parsed(parser, arguments)
+    if given.steps < 1:
+        raise ValueError(f"bench trace: --steps is {given.steps}; it is 1 at least")
+    if given.picture is not None and given.picture.suffix != ".svg":
+        raise ValueError(f"bench trace: --picture {given.picture} is no .svg file")
+    changes = dict(change.partition("=")[::2] for change in given.change)
+    device = choose_device("auto")
+    packed = step_options.packed(given.data, clips=given.frames > 0)
+    options: dict[str, Any] = {k: v for k, v in vars(given).items() if k not in ("data", "change", "picture", "steps")}
+    options["changes"] = changes
+    with step_options.prepared(options, packed, "bench trace") as asked:
+        row = opened(given.row, asked)
+        try:
+            unwatched_ms, trace = _watched(row, given.steps, device)
+        finally:
+            row.close()
+    content: dict[str, Any] = options | {"device": str(device), "unwatched_ms": unwatched_ms, "not_run": {}}
+    content["dtype"] = str(choose_dtype("auto", device)[0]).removeprefix("torch.")
+    events, starts_us, launches = events_of(trace, given.steps)
+    content |= reduced(events, starts_us) | {"launches_a_step": launches}
+    _print(content)
+    if given.picture is not None:
+        draw(content, given.picture, _title(content))
+    return content
+
+
+def events_of(trace: list[dict[str, Any]], steps: int) -> tuple[list[Event], list[float], float]:
+    """A trace of :mod:`torch.profiler` as events in lanes.
+
+    Args:
+        trace: ``traceEvents`` of its JSON, in which the last ``steps + 1`` steps are marked.
+        steps: that count.
+
+    Returns:
+        The events; when each step begins, and the last one ends, in microseconds; the host's calls a step that start something
+        on the GPU.
+    """
+    timed = [e for e in trace if e.get("ph") == "X" and "dur" in e]
+    marks = sorted(
+        (e["ts"], e["ts"] + e["dur"]) for e in timed if e.get("cat") == "user_annotation" and e["name"] == _STEP
+    )
+    marks = marks[-steps - 1 :]
+    assert len(marks) == steps + 1
+    begins = [a for a, _ in marks]
+    for_sources = _inside([e for e in timed if e.get("cat") == "user_annotation" and e["name"] == _SOURCES])
+    calls = [e for e in timed if e.get("cat") in ("cuda_runtime", "cuda_driver")]
+    caller = {e["args"]["correlation"]: e for e in calls if "correlation" in e.get("args", {})}
+    ran = [e for e in timed if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    events: list[Event] = []
+    first: dict[str, dict[int, list[float]]] = {}
+    for e in ran:
+        stream, call = e["args"].get("stream"), caller.get(e["args"].get("correlation"))
+        role = "sources" if call is not None and for_sources(call) else "target"
+        if e["cat"] == "gpu_memcpy" and "DtoD" not in e["name"]:
+            role = "copies"
+        lane = f"{role}, stream {stream}"
+        events.append(Event(e["name"], lane, e["ts"], e["dur"]))
+        if role == "target" and call is not None:
+            step = bisect_right(begins, call["ts"]) - 1
+            first.setdefault(lane, {}).setdefault(step, []).append(e["ts"])
+    for e in timed:
+        if e.get("cat") in ("cpu_op", "cuda_runtime", "cuda_driver"):
+            lane = WAITS if "Synchronize" in e["name"] else "host"
+            events.append(Event(e["name"], lane if ran else f"host, {_whose(e, for_sources)}", e["ts"], e["dur"]))
+    starts = begins
+    if ran:
+        lane = max(first, key=lambda name: sum(e.us for e in events if e.lane == name))
+        starts = [min(first[lane][step]) for step in range(steps + 1)]
+    within = [e for e in calls if begins[0] <= e["ts"] < begins[-1] and e["name"].startswith(_LAUNCHES)]
+    return events, starts, len(within) / steps
+
+
+def _whose(event: dict[str, Any], for_sources: Callable[[dict[str, Any]], bool]) -> str:
+    return "sources" if for_sources(event) else "target"
+
+
+def _inside(spans: list[dict[str, Any]]) -> Callable[[dict[str, Any]], bool]:
+    """Whether something begins in one of the spans of its own thread."""
+    by_thread: dict[Any, list[Interval]] = {}
+    for span in spans:
+        by_thread.setdefault(span["tid"], []).append((span["ts"], span["ts"] + span["dur"]))
+    for its in by_thread.values():
+        its.sort()
+
+    def check(event: dict[str, Any]) -> bool:
+        its = by_thread.get(event["tid"], [])
+        at = bisect_right(its, (event["ts"], float("inf"))) - 1
+        return at >= 0 and event["ts"] < its[at][1]
+
+    return check
+
+
+def _watched(row: Ours, steps: int, device: torch.device) -> tuple[float, list[dict[str, Any]]]:
+    """Milliseconds of a step that nobody watches, and the trace of some that are watched."""
+    _name_sources(row)
+
+    def take() -> float:
+        begin = time.perf_counter()
+        with record_function(_STEP):
+            row.steps(1)
+        return time.perf_counter() - begin
+
+    def settle() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    row.steps(row.first)
+    settle()
+    begin = time.perf_counter()
+    for _ in range(steps):
+        take()
+    settle()
+    unwatched_ms = (time.perf_counter() - begin) / steps * 1e3
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=kinds, acc_events=True) as profiler:
+        for _ in range(_SETTLING + steps + 1):
+            take()
+        settle()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return unwatched_ms, json.loads(path.read_text())["traceEvents"]
+
+
+def _name_sources(row: Ours) -> None:
+    """What the host does to start the sources has a name in the trace."""
+    sources = row.trainer.sources
+    if sources is None:
+        return
+    start = sources.start
+
+    def named(batch):
+        with record_function(_SOURCES):
+            take = start(batch)
+
+        def taken():
+            with record_function(_SOURCES):
+                return take()
+
+        return taken
+
+    sources.start = named  # type: ignore[method-assign]
+
+
+def _title(content: dict[str, Any]) -> str:
+    of = ", ".join(name.rpartition(":")[2] for name in content["models"])
+    return (
+        f"{content['target']} at {content['size']} px, {content['row']} ({of} at {content['source_size']} px), batch "
+        f"{content['batch']}, {content['dtype']}, {content['device']}: {content['step_ms']:.2f} ms"
+    )
+
+
+def _print(content: dict[str, Any]) -> None:
+    table = Table(title=_title(content), title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("lane", "of the time", "events a step"):
+        table.add_column(heading, justify="left" if heading == "lane" else "right")
+    for lane in content["lanes"]:
+        table.add_row(lane["name"], f"{lane['percent']:.1f} %", f"{lane['events_a_step']:.0f}")
+    longest = Table(box=SIMPLE_HEAD)
+    for heading in ("longest", "lane", "a step", "ms a step"):
+        longest.add_column(heading, justify="left" if heading in ("longest", "lane") else "right")
+    for one in content["longest"]:
+        longest.add_row(one["name"][:60], one["lane"], f"{one['count']:.0f}", f"{one['ms']:.3f}")
+    console = Console()
+    console.print(table, longest)
+    shares = ", ".join(f"{name} {content[f'{name}_percent']:.1f} %" for name in ("busy", "both", "idle"))
+    unwatched, launches = content["unwatched_ms"], content["launches_a_step"]
+    console.print(f"{shares}; {launches:.0f} launches a step; {unwatched:.2f} ms unwatched", highlight=False)
