@@ -2,13 +2,17 @@
 
     fasttrain bench video [--sets ucf,kinetics] [--data NAME=ROOT] [--videos 16] [--clips 128] [--frames 16] [--size 112]
                           [--batch 32] [--workers N] [--short-side 128] [--quality 90] [--repeats 5] [--rows NAME,NAME]
-                          [--json FILE]
+                          [--device auto|cpu|cuda] [--budget SECONDS] [--json FILE]
 
   --sets         kinds of made-up files, see benchmarks/clips.py: ucf (xvid 320 x 240, a key frame every 12), kinetics (H.264
                  340 x 256, up to 250); kept in the user's cache, --videos of each
   --data         real videos instead, such as ucf101=/data/UCF101 (a data set and its root)
   --clips        how many a row serves in a turn, at most (slow rows fewer, about ten seconds)
-  --rows         of these alone: pyav, decord, torchcodec, dali, bare decord, packed, bare decode
+  --rows         of these alone: pyav, decord, torchcodec, dali, bare decord, packed, bare decode, and on a GPU dali nvdec,
+                 torchcodec nvdec, pynvvideocodec, pynvvideocodec nv12, packed nvjpeg (see benchmarks/video_gpu.py)
+  --device       where batches shall end; auto: on a GPU where there is one (only bare rows stay on the CPU)
+  --budget       of the whole suite in seconds, but for making sets: turns are shorter and fewer, and a row for which no time is
+                 left is not run
 
 Rows of a decoder and ``packed`` are our video loader: clips of --frames frames at random places, cut by multi-scale corner crops
 to --size pixels, mirrored at random, in batches. They serve the same clips. ``packed`` reads what `fasttrain pack` makes of the
@@ -16,6 +20,7 @@ files (--short-side, --quality). ``bare decord``: the frames of the same clips i
 read them, nothing cut. ``bare decode``: the same as ``packed`` without batches, threads or order around it but for the
 threads themselves. Rows take turns, --repeats times; figures are medians. SSIM is between frames of the packed file and those of
 the files themselves (PyAV), each as a whole brought to --size x --size pixels: in colour, and of the luminance alone.
+``cores``: those of the CPU that were in use, on average.
 """
 
 import argparse
@@ -26,6 +31,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -42,11 +48,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from . import clips
+from fasttrain.device import choose_device
+from fasttrain.gpu_use import Use
+
+from . import clips, video_gpu
 
 CACHE = Path("~/.cache/fasttrain/clips-like")
 DECODERS = ("pyav", "decord", "torchcodec", "dali")
 ROWS = (*DECODERS, "bare decord", "packed", "bare decode")
+_GPU_USE = ("gpu_percent", "nvdec_percent", "jpeg_percent")
 _TURN = float(os.environ.get("FASTTRAIN_BENCH_TURN", "10"))  # seconds, of a row that is slow
 
 
@@ -70,13 +80,16 @@ def run(arguments: list[str]) -> dict[str, Any]:
     """
     given = _parsed(arguments)
     content: dict[str, Any] = {k: v for k, v in vars(given).items() if k not in ("rows", "data", "sets")}
-    content |= {"rows": [], "sets": [], "not_run": {}}
-    for one in _asked(given):
-        rows = _timed(one, given, content["not_run"])
+    content |= {"rows": [], "sets": [], "not_run": {}, "device": str(given.device)}
+    left, count = float(given.budget or "inf"), 1 if given.data else len(given.sets)
+    for number, one in enumerate(_asked(given)):
+        begun = time.monotonic()
+        rows = _timed(one, given, content["not_run"], begun + left / (count - number))
         content["rows"] += rows
         about = _about(one, given)
         content["sets"].append(about)
         _print(one, given, rows, about)
+        left = max(left - (time.monotonic() - begun), 0)
     return content
 
 
@@ -87,7 +100,9 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fasttrain bench video", exit_on_error=False, add_help=False)
     parser.add_argument("--sets", type=names, default=list(clips.KINDS))
     parser.add_argument("--data")
-    parser.add_argument("--rows", type=names, default=list(ROWS))
+    parser.add_argument("--rows", type=names)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--budget", type=int, default=0)
     numbers = {"videos": 16, "clips": 128, "frames": 16, "size": 112, "batch": 32, "short-side": 128, "quality": 90}
     for name, default in (numbers | {"repeats": 5, "workers": len(os.sched_getaffinity(0))}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -96,10 +111,14 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     except argparse.ArgumentError as error:
         raise ValueError(f"bench video: {error}") from None
     least = min(getattr(given, name.replace("-", "_")) for name in (*numbers, "repeats", "workers"))
-    if rest or least < 1 or given.clips < given.batch:
+    if rest or least < 1 or given.clips < given.batch or given.budget < 0:
         what = " ".join(rest) or "a number below 1, or fewer --clips than --batch"
         raise ValueError(f"bench video: what is {what}? See `fasttrain bench video -h`")
-    for asked, known, option in ((given.sets, clips.KINDS, "--sets"), (given.rows, ROWS, "--rows")):
+    given.device = choose_device(given.device)
+    on_gpu = given.device.type == "cuda"
+    given.rows = given.rows or [*ROWS, *(video_gpu.ROWS if on_gpu else ())]
+    every = (*ROWS, *video_gpu.ROWS)
+    for asked, known, option in ((given.sets, clips.KINDS, "--sets"), (given.rows, every, "--rows")):
         for name in asked:
             if name not in known:
                 raise ValueError(f"bench video: {option}: there is no {name!r}; there are {', '.join(known)}")
@@ -149,7 +168,7 @@ class _Loaded:
 
     def __init__(self, dataset: Dataset, given: argparse.Namespace) -> None:
         batch = min(given.batch, len(dataset))
-        self.loader = open_loader("video", _spec(dataset, given, batch=batch), workers=given.workers)
+        self.loader = open_loader("video", _spec(dataset, given, batch=batch), given.device, workers=given.workers)
         self._walk = self._batches()
 
     def _batches(self) -> Iterator[int]:
@@ -220,6 +239,12 @@ def _opened(name: str, one: Set, given: argparse.Namespace) -> Any:
         import decord  # noqa: F401
 
         return _BareDecord(one.dataset("decord"), given)
+    if name in video_gpu.ROWS:
+        if given.device.type != "cuda":
+            raise ValueError("it needs a CUDA device")
+        files = one.packed if name.startswith("packed") else one.dataset("pyav")
+        spec = _spec(files, given, batch=min(given.batch, len(files)))
+        return video_gpu.open_row(name, spec, given.device, given.workers)
     dataset = one.dataset(name)
     read = dataset.read
     left = [why_pyav(name, scan) for scan in read.scans] if isinstance(read, VideoFiles) else []
@@ -228,51 +253,90 @@ def _opened(name: str, one: Set, given: argparse.Namespace) -> Any:
     return _Loaded(dataset, given)
 
 
-def _timed(one: Set, given: argparse.Namespace, not_run: dict[str, str]) -> list[dict[str, Any]]:
+def _timed(
+    one: Set, given: argparse.Namespace, not_run: dict[str, str], end: float = float("inf")
+) -> list[dict[str, Any]]:
+    """``end``: by ``time.monotonic``, when the last turn is to be over; half of the time until then is for opening rows."""
     opened: dict[str, Any] = {}
     counts: dict[str, int] = {}
+    once: dict[str, float] = {}
+    begun = time.monotonic()
     for name in given.rows:
         try:
+            if time.monotonic() > (begun + end) / 2:
+                raise ValueError("--budget leaves no time for it")
             row = _opened(name, one, given)
-            once = _seconds(row, given.batch)  # compiles, opens, warms the page cache
-            once = min(once, _seconds(row, given.batch))
+            _seconds(row, given.batch, given)  # compiles, opens, warms the page cache
+            once[name] = _seconds(row, given.batch, given)
         except Exception as error:  # missing parts: the other rows can run
-            not_run[f"{one.name} {name}"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            not_run[f"{one.name} {name}"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             continue
         opened[name] = row
-        counts[name] = max(given.batch, min(given.clips, int(_TURN / once * given.batch)))
-    speeds: dict[str, list[float]] = {name: [] for name in opened}
-    for repeat in range(given.repeats):
-        first = repeat % max(len(opened), 1)
-        for name in [*list(opened)[first:], *list(opened)[:first]]:
-            # fast rows serve more in a turn, so that it can be timed well
-            rounds = max(1, min(50, round(_TURN / 10 / _last(speeds[name], counts[name]))))
-            gc.collect()
-            took = sum(_seconds(opened[name], counts[name]) for _ in range(rounds))
-            speeds[name].append(counts[name] * rounds / took)
+    left = max(end - time.monotonic(), 0) / max(len(opened) * given.repeats, 1)
+    turn = min(_TURN, left / 1.5)  # half as long again: batches that are made ahead
+    for name, took in once.items():
+        counts[name] = max(given.batch, min(given.clips, int(turn / took * given.batch)))
+    found: dict[str, list[_Turn]] = {name: [] for name in opened}
+    with closing(Use(given.device, print, every=0.2)) as use:
+        for repeat in range(given.repeats):
+            first = repeat % max(len(opened), 1)
+            for name in [*list(opened)[first:], *list(opened)[:first]]:
+                found[name].append(_take_turn(opened[name], counts[name], found[name], turn, given, use))
+            if time.monotonic() > end:
+                break
     for row in opened.values():
         row.close()
-    medians = {name: median(found) for name, found in speeds.items()}
+    return _rows(one, found)
+
+
+@dataclass
+class _Turn:
+    """Clips a second, seconds of CPU a second, and what the GPU did, as ``fasttrain.gpu_use`` names it."""
+
+    speed: float
+    cores: float
+    gpu: dict[str, float]
+
+
+def _take_turn(row: Any, count: int, before: list[_Turn], turn: float, given: argparse.Namespace, use: Use) -> _Turn:
+    # fast rows serve more in a turn, so that it can be timed well
+    rounds = max(1, min(50, round(turn / 10 / _last([t.speed for t in before], count, turn))))
+    gc.collect()
+    if given.device.type == "cuda":  # batches that were made ahead while another row was timed
+        row.serve(2 * given.batch)
+    use.lately()
+    wall, cpu = time.perf_counter(), time.process_time()
+    took = sum(_seconds(row, count, given) for _ in range(rounds))
+    cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    gpu = {name: value for name, value in use.lately().items() if name in _GPU_USE}
+    return _Turn(count * rounds / took, cores, gpu)
+
+
+def _rows(one: Set, found: dict[str, list[_Turn]]) -> list[dict[str, Any]]:
+    medians = {name: median(t.speed for t in turns) for name, turns in found.items()}
     plain = [name for name in DECODERS if name in medians]
     rows = []
-    for name, found in speeds.items():
+    for name, turns in found.items():
         references = {"best plain": max(medians[p] for p in plain)} if plain else {}
         references |= {r: medians[r] for r in ("bare decode", "bare decord") if r in medians and r != name}
-        relative = {r: medians[name] / speed for r, speed in references.items()}
-        rows.append(
-            {"name": f"{one.name} {name}", "clips_per_s": medians[name], "relative_to": relative, "repeats": found}
-        )
+        row: dict[str, Any] = {"name": f"{one.name} {name}", "clips_per_s": medians[name]}
+        row |= {"relative_to": {r: medians[name] / speed for r, speed in references.items()}}
+        row |= {"repeats": [t.speed for t in turns], "cores": median(t.cores for t in turns)}
+        told = set.intersection(*(set(t.gpu) for t in turns))
+        rows.append(row | {name: median(t.gpu[name] for t in turns) for name in sorted(told)})
     return rows
 
 
-def _last(speeds: list[float], count: int) -> float:
+def _last(speeds: list[float], count: int, turn: float) -> float:
     """Seconds that ``count`` clips took in the last turn; a tenth of a turn where there was none."""
-    return count / speeds[-1] if speeds else _TURN / 10
+    return count / speeds[-1] if speeds else turn / 10
 
 
-def _seconds(row: Any, count: int) -> float:
+def _seconds(row: Any, count: int, given: argparse.Namespace) -> float:
     start = time.perf_counter()
     served = row.serve(count)
+    if given.device.type == "cuda":
+        torch.cuda.synchronize(given.device)
     return (time.perf_counter() - start) * count / served
 
 
@@ -308,14 +372,15 @@ def _ssim(one: Set, given: argparse.Namespace) -> tuple[torch.Tensor, torch.Tens
 
 
 def _print(one: Set, given: argparse.Namespace, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    title = f"{about['videos']} videos, {given.frames} frames at {given.size} px, batch {given.batch}, {given.workers} threads"
+    title = f"{about['videos']} videos, {given.frames} frames at {given.size} px, batch {given.batch}, "
+    title += f"{given.workers} threads, to {given.device}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("row", no_wrap=True)
     references = ("best plain", "bare decord", "bare decode")
-    for heading in ("clips/s", "least", "most", *(f"x {r}" for r in references)):
+    for heading in ("clips/s", "least", "most", "cores", *(f"x {r}" for r in references)):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        figures = [f"{f:.1f}" for f in (row["clips_per_s"], min(row["repeats"]), max(row["repeats"]))]
+        figures = [f"{f:.1f}" for f in (row["clips_per_s"], min(row["repeats"]), max(row["repeats"]), row["cores"])]
         ratios = [f"{row['relative_to'][r]:.2f}" if r in row["relative_to"] else "" for r in references]
         table.add_row(row["name"], *figures, *ratios)
     console = Console()
