@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fasttrain.loaders.dali_loader import gpu_decodes_crops
 from fasttrain.loaders.datasets.beton import Packed
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,6 +39,7 @@ class Task:
         batch: images a batch.
         workers: threads or processes.
         device: where batches shall be.
+        times: how often an epoch has each image: few images would be an epoch of a few batches.
     """
 
     folder: Path | None
@@ -46,6 +48,7 @@ class Task:
     batch: int
     workers: int
     device: torch.device
+    times: int = 1
 
     @property
     def files(self) -> Path:
@@ -78,6 +81,7 @@ class TorchData(Peer):
             dataset = ImageFolder(task.files, transform=v2.Compose([*cut, v2.PILToTensor()]))
         else:
             dataset = ImageFolder(task.files, transform=v2.Compose(cut), loader=_decoded)
+        dataset.samples *= task.times
         self.device = task.device
         self.loader = DataLoader(
             dataset,
@@ -123,6 +127,7 @@ class PlainFfcv(Peer):
             order=OrderOption.RANDOM,
             os_cache=True,
             drop_last=False,
+            indices=np.tile(np.arange(len(file)), task.times),
             pipelines={
                 file.image_field: [*image, ToTensor(), *move, ToTorchImage()],
                 label: [IntDecoder(), ToTensor(), Squeeze(), *move],
@@ -135,7 +140,9 @@ class PlainFfcv(Peer):
 
 
 class PlainDali(Peer):
-    """DALI's pipeline for classification on the CPU, as its documentation has it.
+    """DALI's pipeline for classification, as its documentation has it, decoding on the CPU or (``mixed``) on the GPU.
+
+    On a GPU whole images are decoded and then cut where the nvImageCodec that is here fails at decoding a part of one.
 
     Batches are scheduled by hand instead of by DALI's iterator, which decodes two of the next epoch when one has ended:
     they would count for nothing here, and disturb what is timed next. All batches are full; the last one is filled up
@@ -144,27 +151,27 @@ class PlainDali(Peer):
 
     AHEAD = 2  # DALI's default
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, *, mixed: bool = False) -> None:
         from nvidia.dali import fn, pipeline_def, types
 
         cuda = task.device.type == "cuda"
         gpu: Any = 0 if cuda else None
+        tree = ImageFolder(task.files)
+        paths, labels_N = (list(column) * task.times for column in zip(*tree.samples, strict=True))
+        box: dict[str, Any] = {"random_aspect_ratio": ASPECT, "random_area": AREA, "num_attempts": 10}
 
         @pipeline_def(batch_size=task.batch, num_threads=task.workers, device_id=gpu, prefetch_queue_depth=self.AHEAD)
         def pipeline():
-            jpegs, labels = fn.readers.file(file_root=str(task.files), random_shuffle=True, name="Reader")
-            images: Any = fn.decoders.image_random_crop(
-                jpegs,
-                device="cpu",
-                output_type=types.DALIImageType.RGB,
-                random_aspect_ratio=ASPECT,
-                random_area=AREA,
-                num_attempts=10,
-            )
+            jpegs, labels = fn.readers.file(files=paths, labels=labels_N, random_shuffle=True, name="Reader")
             triangle = types.DALIInterpType.INTERP_TRIANGULAR
-            images = fn.resize(images, resize_x=task.size, resize_y=task.size, interp_type=triangle)
+            side = {"interp_type": triangle, "size": (task.size, task.size)}
+            if mixed and not gpu_decodes_crops():
+                images: Any = fn.random_resized_crop(fn.decoders.image(jpegs, device="mixed"), **side, **box)
+            else:
+                images = fn.decoders.image_random_crop(jpegs, device="mixed" if mixed else "cpu", **box)
+                images = fn.resize(images, **side)
             images = fn.flip(images, horizontal=fn.random.coin_flip(probability=0.5))
-            return (images.gpu(), labels.gpu()) if cuda else (images, labels)
+            return (images if mixed else images.gpu(), labels.gpu()) if cuda else (images, labels)
 
         self.pipe: Any = pipeline()
         self.pipe.build()
@@ -212,7 +219,7 @@ class Spdl(Peer):
             return spdl.io.to_torch(spdl.io.convert_frames(frames)).permute(0, 3, 1, 2)
 
         self.device = task.device
-        self.paths = [path for path, _ in ImageFolder(task.files).samples]
+        self.paths = [path for path, _ in ImageFolder(task.files).samples] * task.times
         self.loader: Any = SpdlLoader(
             _Shuffled(self.paths),
             preprocessor=decode,
@@ -266,6 +273,7 @@ class BareDecode(Peer):
         self.place_N = (task.packed.data.ctypes.data + file.ptr_N).tolist()
         self.size_N, self.height_N, self.width_N = (a.tolist() for a in (file.size_N, file.height_N, file.width_N))
         self.packed, self.largest = task.packed, int((file.height_N * file.width_N).max()) * 3
+        self.times = task.times
         self.own = threading.local()
         self.handles: list[int] = []
         self.pool = ThreadPoolExecutor(task.workers, initializer=self._begin)
@@ -282,7 +290,8 @@ class BareDecode(Peer):
         return chunk
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = random.sample(range(len(self.place_N)), len(self.place_N))
+        order = list(range(len(self.place_N))) * self.times
+        random.shuffle(order)
         yield from self.pool.map(self._decode, [order[i : i + self.CHUNK] for i in range(0, len(order), self.CHUNK)])
 
     def close(self) -> None:
