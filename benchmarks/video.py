@@ -277,7 +277,7 @@ def _timed(
     for name, took in once.items():
         counts[name] = max(given.batch, min(given.clips, int(turn / took * given.batch)))
     found: dict[str, list[_Turn]] = {name: [] for name in opened}
-    with closing(Use(given.device, print, every=0.2)) as use:
+    with closing(Use(given.device, print, gauge=video_gpu.decoder_gauge(given.device), every=0.2)) as use:
         for repeat in range(given.repeats):
             first = repeat % max(len(opened), 1)
             for name in [*list(opened)[first:], *list(opened)[:first]]:

@@ -35,10 +35,13 @@ from fasttrain.loaders.video import Clips, PackedClips
 from fasttrain.loaders.views import View
 from torch import Tensor
 
+from fasttrain.gpu_use import Gauge
+
 LARGEST_MEAN = 3.0  # of 255: what colours and filters may differ on average over a frame
 _AHEAD = 3  # batches in the making, at least
 _AHEAD_CLIPS = 4  # and clips a thread
 _CHECKED = 8  # clips of the first batch
+_NEARER = 0.9  # a clip that is so much nearer to other frames than to the right ones is not made of the right ones
 # BT.601 in limited range (ITU-R BT.601-7, 2.5.1, scaled to 8 bits): (Y - 16, Cb - 128, Cr - 128) to (R, G, B)
 _BT601 = ((1.164384, 0.0, 1.596027), (1.164384, -0.391762, -0.812968), (1.164384, 2.017232, 0.0))
 
@@ -54,8 +57,8 @@ class Asked:
 
 def asked(spec: LoaderSpec, epoch: int, index_B: np.ndarray) -> Asked:
     """The clips that the video loader serves of these videos in an epoch (training: one clip of each)."""
-    read, clip = spec.dataset.read, spec.clip
-    assert isinstance(read, Clips) and clip is not None and not clip.clips
+    read, clip = _clips(spec), spec.clip
+    assert clip is not None and not clip.clips
     count_B, height_B, width_B = read.shape_N3[index_B].T
     number_B = spec.number(epoch, index_B)
     frame_BT = clip(seed=spec.view_seed, number_B=number_B, index_B=index_B, count_B=count_B)
@@ -247,7 +250,8 @@ class Dali:
     """
 
     def __init__(self, spec: LoaderSpec, device: torch.device, workers: int) -> None:
-        self._read, self._frames, self._size = spec.dataset.read, spec.clip.served, spec.size  # type: ignore[union-attr]
+        assert spec.clip is not None
+        self._read, self._frames, self._size = _clips(spec), spec.clip.served, spec.size
         self.packed = isinstance(self._read, PackedClips)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         gpu = self._stream.device.index if self._stream else None
@@ -269,7 +273,7 @@ class Dali:
             image_BT = todo.frame_BT + self._read.first_V[todo.index_B, None]
             fed["content"] = [self._read.packed.encoded(int(i)) for i in image_BT.flat]
         else:
-            fed["content"] = [np.fromfile(self._read.name(i), dtype=np.uint8) for i in todo.index_B.tolist()]  # type: ignore[union-attr]
+            fed["content"] = [np.fromfile(self._read.name(i), dtype=np.uint8) for i in todo.index_B.tolist()]
             fed["frames"] = todo.frame_BT.astype(np.int32)
         for name, values in fed.items():
             self._pipe.feed_input(name, values)
@@ -338,10 +342,10 @@ def wrong_frames(spec: LoaderSpec, todo: Asked, pixels: Tensor) -> str:
     """What is wrong with a batch beside what ``spec``'s data set reads itself; empty where nothing is.
 
     A clip is wrong if one of its frames differs by more than ``LARGEST_MEAN`` on average, or is more than twice as far from
-    the right frame as from the one before or behind it: so a wrong number shows in a video that hardly moves, too.
+    the right frame as from the one before or behind it, or if all of it is nearer to those before or behind: so a wrong
+    number shows in a video that hardly moves, too.
     """
-    read = spec.dataset.read
-    assert isinstance(read, Clips)
+    read = _clips(spec)
     for b, index in enumerate(todo.index_B[:_CHECKED].tolist()):
         found_TSSC = pixels[b].permute(1, 2, 3, 0).cpu().numpy().astype(np.int16)
         last, frame_T = int(read.shape_N3[index, 0]) - 1, todo.frame_BT[b]
@@ -351,10 +355,11 @@ def wrong_frames(spec: LoaderSpec, todo: Asked, pixels: Tensor) -> str:
         empty = np.empty((0, 0, 3), dtype=np.uint8)
         cut_clip(frame_XHWC, todo.view.box_B4[b], *todo.view.flip_B2[b], cut_XSSC, 0, empty)
         off_3T = np.abs(cut_XSSC.reshape(3, *found_TSSC.shape) - found_TSSC).mean((2, 3, 4))
-        neighbour_T = np.where(near_3T[1:] == frame_T, np.inf, off_3T[1:]).min(0)
-        wrong_T = (off_3T[0] > LARGEST_MEAN) | (off_3T[0] > 2 * neighbour_T)
-        if wrong_T.any():
-            t = int(np.flatnonzero(wrong_T)[0])
+        off_2T = np.where(near_3T[1:] == frame_T, np.inf, off_3T[1:])  # at a video's ends there is no neighbour
+        wrong_T = (off_3T[0] > LARGEST_MEAN) | (off_3T[0] > 2 * off_2T.min(0))
+        shifted = [off_T[np.isfinite(off_T)].sum() < _NEARER * off_3T[0][np.isfinite(off_T)].sum() for off_T in off_2T]
+        if wrong_T.any() or any(shifted):
+            t = int(np.argmax(wrong_T))
             off, before, behind = off_3T[:, t]
             return (
                 f"frame {frame_T[t]} of {read.name(index)} by {off:.2f} of 255 on average; what is served differs from the "
@@ -363,8 +368,44 @@ def wrong_frames(spec: LoaderSpec, todo: Asked, pixels: Tensor) -> str:
     return ""
 
 
+def decoder_gauge(device: torch.device) -> Gauge:
+    """Tells how busy the GPU's cores, NVDEC and JPEG engine are, in percent, by NVML; nothing of what it does not tell here."""
+    if device.type != "cuda":
+        return dict
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        asked = {
+            "gpu_percent": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+            "nvdec_percent": lambda: pynvml.nvmlDeviceGetDecoderUtilization(handle)[0],  # and its sampling period
+            "jpeg_percent": lambda: pynvml.nvmlDeviceGetJpgUtilization(handle)[0],
+        }
+        told = {name: ask for name, ask in asked.items() if _answers(ask, pynvml.NVMLError)}
+    except Exception as error:  # no NVML, no GPU: what is measured is speed
+        print(f"no figures of the decoders' use: {type(error).__name__}: {error}")
+        return dict
+    return lambda: {name: float(ask()) for name, ask in told.items()}
+
+
+def _answers(ask: Callable[[], Any], refusal: type[Exception]) -> bool:
+    try:
+        ask()
+    except refusal:
+        return False
+    return True
+
+
+def _clips(spec: LoaderSpec) -> Clips:
+    read = spec.dataset.read
+    assert isinstance(read, Clips)
+    return read
+
+
 def _paths(spec: LoaderSpec) -> list[Path]:
-    return [Path(spec.dataset.read.name(i)) for i in range(len(spec.dataset))]  # type: ignore[union-attr]
+    return [Path(_clips(spec).name(i)) for i in range(len(spec.dataset))]
 
 
 def _torchcodec(spec: LoaderSpec, device: torch.device, workers: int) -> Maker:
@@ -374,8 +415,7 @@ def _torchcodec(spec: LoaderSpec, device: torch.device, workers: int) -> Maker:
 def _pynv(spec: LoaderSpec, device: torch.device, workers: int, *, nv12: bool = False) -> Maker:
     import PyNvVideoCodec
 
-    shape_N3 = spec.dataset.read.shape_N3  # type: ignore[union-attr]
-    frames = PynvFrames(PyNvVideoCodec, _paths(spec), shape_N3, nv12=nv12, gpu=device.index or 0)
+    frames = PynvFrames(PyNvVideoCodec, _paths(spec), _clips(spec).shape_N3, nv12=nv12, gpu=device.index or 0)
     return Threads(frames, spec.size, device, workers)
 
 

@@ -5,6 +5,8 @@ NVDEC itself is tried by ``tests/gpu/test_video_loaders.py``; here frames come f
 
 import inspect
 import itertools
+import re
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -44,7 +46,7 @@ class Shifted:
         self.read, self.by, self.more = read, by, more
 
     def __call__(self, index, frame_T):
-        frame_T = np.minimum(frame_T + self.by, self.read.shape_N3[index, 0] - 1)
+        frame_T = np.clip(frame_T + self.by, 0, self.read.shape_N3[index, 0] - 1)
         clip_THWC = self.read.frames(index, frame_T).astype(np.int64) + self.more
         return torch.from_numpy(clip_THWC.clip(0, 255).astype(np.uint8))
 
@@ -68,13 +70,13 @@ def test_clips_are_the_loaders_to_the_byte(size):
 
 
 @pytest.fixture(scope="module")
-def still(tmp_path_factory):
-    """Frames that hardly change: by one step of one of the colours."""
+def still():
+    """Pale frames that hardly change: by about one of 255 on average from one to the next."""
     given = spec(videos([(30, 40, 50)] * 4))
-    base = picture(0, width=50, height=40)
+    pale = 128 + (picture(0, width=50, height=40).astype(int) - 128) // 5
     for v, frame_THWC in enumerate(given.dataset.read.videos):
         for t in range(len(frame_THWC)):
-            frame_THWC[t] = np.roll(base, (v, t // 2), axis=(0, 1))
+            frame_THWC[t] = np.roll(pale, (v, t), axis=(0, 1))
     return given
 
 
@@ -89,15 +91,39 @@ def test_a_wrong_frame_is_seen(by, more, wrong):
         assert "of 255 on average" in said and "frame " in said
 
 
-def test_a_frame_too_far_is_seen_where_little_moves(still):
-    """The difference alone would be within the tolerance that colours need."""
-    near = Shifted(still.dataset.read, 1, 1)
-    one = still.dataset.read.videos[0].astype(int)
-    assert np.abs(one[1:] - one[:-1]).mean((1, 2, 3)).max() < 3 * video_gpu.LARGEST_MEAN
-    for frames, wrong in ((near, True), (Shifted(still.dataset.read, 0, 1), False)):
-        row = threads_row(still, frames)
-        assert bool(video_gpu.wrong_frames(still, *row.batch())) is wrong
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_frame_too_far_is_seen_where_little_moves(still, more):
+    """Though no frame differs by more than colours may: each is nearer to its neighbour, or all of them together are."""
+    for by, wrong in ((1, True), (-1, True), (0, False)):
+        row = threads_row(still, Shifted(still.dataset.read, by, more))
+        said = video_gpu.wrong_frames(still, *row.batch())
         row.close()
+        assert bool(said) is wrong
+        if said:
+            off = float(re.search(r" by (\S+) of 255", said)[1])
+            assert off < video_gpu.LARGEST_MEAN
+
+
+def test_the_decoders_use_is_told_as_far_as_nvml_tells_it(monkeypatch):
+    class Refused(Exception):
+        pass
+
+    def refuse(handle):
+        raise Refused("Not Supported")
+
+    module = SimpleNamespace(
+        NVMLError=Refused,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=7, memory=1),
+        nvmlDeviceGetDecoderUtilization=lambda handle: [83, 167000],
+        nvmlDeviceGetJpgUtilization=refuse,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-34"))
+    assert video_gpu.decoder_gauge(torch.device("cuda"))() == {"gpu_percent": 7.0, "nvdec_percent": 83.0}
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert video_gpu.decoder_gauge(torch.device("cuda"))() == {} == video_gpu.decoder_gauge(CPU)()
 
 
 def test_a_row_whose_frames_differ_is_not_run(monkeypatch):
