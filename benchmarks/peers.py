@@ -163,10 +163,11 @@ class PlainDali(Peer):
         @pipeline_def(batch_size=task.batch, num_threads=task.workers, device_id=gpu, prefetch_queue_depth=self.AHEAD)
         def pipeline():
             jpegs, labels = fn.readers.file(files=paths, labels=labels_N, random_shuffle=True, name="Reader")
+            images: Any
             triangle = types.DALIInterpType.INTERP_TRIANGULAR
-            side = {"interp_type": triangle, "size": (task.size, task.size)}
+            side: dict[str, Any] = {"interp_type": triangle, "size": (task.size, task.size)}
             if mixed and not gpu_decodes_crops():
-                images: Any = fn.random_resized_crop(fn.decoders.image(jpegs, device="mixed"), **side, **box)
+                images = fn.random_resized_crop(fn.decoders.image(jpegs, device="mixed"), **side, **box)
             else:
                 images = fn.decoders.image_random_crop(jpegs, device="mixed" if mixed else "cpu", **box)
                 images = fn.resize(images, **side)

@@ -311,12 +311,16 @@ def _bench(given: list[str]) -> int:
     rest, file = _option(rest, "--json")
     from . import environment, files
 
-    content = module.run(rest)
+    about = {"suite": suite, "command": environment.command(["bench", *given])} | environment.environment()
+
+    def save(content: dict[str, Any]) -> None:
+        if file:
+            files.write_json(Path(file), about | content)
+
+    content = module.run(rest, save) if suite in _SAVES else module.run(rest)
     for name, why in content["not_run"].items():
         print(f"not run: {name}: {why}")
-    if file:
-        said = {"suite": suite, "command": environment.command(["bench", *given])}
-        files.write_json(Path(file), said | environment.environment() | content)
+    save(content)
     return 0
 
 
@@ -342,9 +346,12 @@ _GOES_ON = {
 SUITES = (
     "checkpoints",
     "clusters",
+    "codec",
+    "end-to-end",
     "floors",
     "kernels",
     "loaders",
+    "long-run",
     "scaling",
     "sources",
     "step",
@@ -353,6 +360,7 @@ SUITES = (
     "tuning",
     "video",
 )
+_SAVES = ("long-run",)  # suites that write what they have while they are at work
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,

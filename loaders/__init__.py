@@ -71,7 +71,7 @@ def open_loader(
         spec: what to load.
         device: where the batches shall be.
         workers: threads (``ffcv``, ``dali``, ``video``; 0: one for each core) or processes (``torch``; 0: none).
-        options: of that loader alone: ``hw_decoder_load`` of ``dali``.
+        options: of that loader alone: ``hw_decoder_load``, ``crops`` and ``fancy`` of ``dali``.
 
     Raises:
         ValueError: unknown name, or the loader cannot serve this here.

@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,13 +40,22 @@ class DaliLoader(EpochLoader):
 
     Args:
         hw_decoder_load: share of a batch's JPEGs that goes to the GPU's JPEG engine, where it has one.
+        crops: whether a GPU decodes only the part of a JPEG that is shown; None: where its decoder is not known to fail at it.
+        fancy: a GPU interpolates between chroma samples as libjpeg does, instead of repeating them.
 
     Raises:
         ValueError: DALI is not here, the data set holds no files, or ``spec.stored`` is not 0.
     """
 
     def __init__(
-        self, spec: LoaderSpec, device: torch.device | str = "cpu", workers: int = 0, hw_decoder_load: float = 0.65
+        self,
+        spec: LoaderSpec,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+        hw_decoder_load: float = 0.65,
+        *,
+        crops: bool | None = None,
+        fancy: bool = False,
     ) -> None:
         super().__init__(spec, device)
         read = spec.dataset.read
@@ -62,8 +71,12 @@ class DaliLoader(EpochLoader):
         self.workers = workers or len(os.sched_getaffinity(0))
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         gpu = self._stream.device.index if self._stream else None
-        self._how = _how(spec, gpu)
-        self._new_pipe = partial(pipeline, spec, self._how, self.workers, gpu, hw_decoder_load)
+        self._how = _how(spec, gpu, crops)
+        decoder: dict[str, Any] = {}
+        if gpu is not None:  # affine would bind the decoders' threads of several processes to the same cores
+            decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load, "affine": False}
+            decoder |= {"jpeg_fancy_upsampling": True} if fancy else {}
+        self._new_pipe = partial(pipeline, spec, self._how, self.workers, gpu, decoder)
         self._pipe: Any = None
         self._size_N2 = np.zeros((len(spec.dataset), 2), dtype=np.int32)  # of files that were looked into; else 0
         self._ours: set[int] = set()  # samples that DALI cannot decode: it is fed the pixels
@@ -220,8 +233,9 @@ class DaliLoader(EpochLoader):
         return pixels_BSSC.permute(0, 3, 1, 2)
 
 
-def pipeline(spec: LoaderSpec, how: str, threads: int, gpu: int | None, hw_decoder_load: float, batch: int) -> Any:
-    """DALI's graph for batches of up to ``batch`` samples, built; ``gpu`` is the device's number, None for the CPU.
+def pipeline(spec: LoaderSpec, how: str, threads: int, gpu: int | None, decoder: Mapping[str, Any], batch: int) -> Any:
+    """DALI's graph for batches of up to ``batch`` samples, built; ``gpu`` is the device's number, None for the CPU, ``decoder``
+    what DALI's decoder is told.
 
     Inputs, by name, B samples each: ``content``, uint8 [bytes], or [H, W, 3] of ``PIXELS``; ``start`` and ``shape`` of the
     boxes, int32 [2]; ``from`` and ``to``, float32 [2], its corners within itself, exchanged where it is mirrored; ``size``
@@ -232,12 +246,12 @@ def pipeline(spec: LoaderSpec, how: str, threads: int, gpu: int | None, hw_decod
     # a queue of 1: how far DALI is ahead is up to who schedules its runs
     made = Pipeline(batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=1)
     with made:
-        made.set_outputs(*graph(spec, how, gpu, hw_decoder_load))
+        made.set_outputs(*graph(spec, how, gpu, decoder))
     made.build()
     return made
 
 
-def graph(spec: LoaderSpec, how: str, gpu: int | None, hw_decoder_load: float) -> list:
+def graph(spec: LoaderSpec, how: str, gpu: int | None, decoder: Mapping[str, Any]) -> list:
     """The outputs of :func:`pipeline`, as nodes of DALI's current pipeline."""
     from nvidia.dali import fn, types
 
@@ -247,9 +261,6 @@ def graph(spec: LoaderSpec, how: str, gpu: int | None, hw_decoder_load: float) -
     start, shape = (numbers(name, types.DALIDataType.INT32) for name in ("start", "shape"))
     axes: dict[str, Any] = {"layout": "HWC"} if how == PIXELS else {"ndim": 1}
     image = fn.external_source(name="content", dtype=types.DALIDataType.UINT8, no_copy=True, **axes)
-    decoder: dict[str, Any] = {}
-    if gpu is not None:  # affine would bind the decoders' threads of several processes to the same cores
-        decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load, "affine": False}
     if how == CROP:
         image = fn.decoders.image_slice(image, start=start, shape=shape, axis_names="HW", **decoder)
     else:
@@ -299,7 +310,7 @@ def _dali_version() -> str:
     return nvidia.dali.__version__
 
 
-def _how(spec: LoaderSpec, gpu: int | None) -> str:
+def _how(spec: LoaderSpec, gpu: int | None, crops: bool | None = None) -> str:
     if isinstance(spec.dataset.read, Packed):
         raw_N = spec.dataset.read.raw_N[spec.index_N]
         if raw_N.all():
@@ -310,7 +321,9 @@ def _how(spec: LoaderSpec, gpu: int | None) -> str:
                 f"JPEGs and {raw_N.sum()} as pixels: use the torch loader"
             )
     inside = spec.plan.crop != "pad"  # no part of a decoded crop can be outside the image
-    return CROP if inside and (gpu is None or gpu_decodes_crops()) else WHOLE
+    if gpu is None or crops is None:
+        crops = gpu is None or gpu_decodes_crops()
+    return CROP if inside and crops else WHOLE
 
 
 def _run(pipe: Any, fed: dict[str, Any]) -> None:

@@ -367,7 +367,8 @@ def test_the_graph_for_a_gpu(tree, how):
 
     pipe = Pipeline(batch_size=8, num_threads=1, device_id=0)
     with pipe:
-        nodes = dali_loader.graph(spec_of(tree, still=64), how, 0, 0.5)
+        decoder = {"device": "mixed", "hw_decoder_load": 0.5, "jpeg_fancy_upsampling": True}
+        nodes = dali_loader.graph(spec_of(tree, still=64), how, 0, decoder)
     assert [n.device for n in nodes] == ["gpu", "gpu"]
 
 
@@ -381,4 +382,5 @@ def test_which_decoders_cut_on_a_gpu(tree, monkeypatch, version, crops):
     monkeypatch.setattr(dali_loader.importlib.metadata, "distributions", lambda: installed)
     assert dali_loader.gpu_decodes_crops() is crops
     assert dali_loader._how(spec_of(tree), 0) == (CROP if crops else WHOLE)
+    assert dali_loader._how(spec_of(tree), 0, not crops) == (WHOLE if crops else CROP)
     assert dali_loader._how(spec_of(tree), None) == CROP
