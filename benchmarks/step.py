@@ -92,7 +92,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
                 if why:
                     content["not_run"][name] = why
                     workers.pop(name).end()
-            speeds = in_turns(workers, given.repeats)
+            speeds = in_turns(workers, given.repeats, content["not_run"])
             shares = {name: worker.shares for name, worker in workers.items()}
         finally:
             for worker in workers.values():

@@ -26,21 +26,32 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-def parser(suite: str, options: Iterable[str] = EVERY) -> argparse.ArgumentParser:
-    """Of a suite that takes some of these options; `fasttrain bench step -h` explains them."""
-    made = argparse.ArgumentParser(prog=f"fasttrain bench {suite}", exit_on_error=False, add_help=False)
+def parser(suite: str, options: Iterable[str] = EVERY, *, defaults: bool = True) -> argparse.ArgumentParser:
+    """Of a suite that takes some of these options, which `fasttrain bench step -h` explains. Without ``defaults`` those that are
+    not given are missing from what is parsed."""
+    missing = None if defaults else argparse.SUPPRESS
+    made = argparse.ArgumentParser(
+        prog=f"fasttrain bench {suite}", exit_on_error=False, add_help=False, argument_default=missing
+    )
+    its_own: dict[str, Any] = {**_NUMBERS, **_TEXTS, "models": ["torchvision:resnet50", "torchvision:resnet50"]}
+
+    def default(option: str) -> Any:
+        return its_own[option] if defaults else argparse.SUPPRESS
+
     for option in options:
         if option in _NUMBERS:
-            made.add_argument(f"--{option}", type=int, default=_NUMBERS[option])
+            made.add_argument(f"--{option}", type=int, default=default(option))
         elif option in _TEXTS:
-            made.add_argument(f"--{option}", default=_TEXTS[option])
+            made.add_argument(f"--{option}", default=default(option))
         elif option == "models":
-            made.add_argument("--models", type=names, default=["torchvision:resnet50", "torchvision:resnet50"])
+            made.add_argument("--models", type=names, default=default("models"))
         elif option == "data":
             made.add_argument("--data", type=Path)
         else:
             assert option == "module"
-            made.add_argument("--no-module", dest="module", action="store_false")
+            made.add_argument(
+                "--no-module", dest="module", action="store_false", default=True if defaults else argparse.SUPPRESS
+            )
     return made
 
 
@@ -56,7 +67,7 @@ def parsed(made: argparse.ArgumentParser, arguments: list[str]) -> argparse.Name
     except argparse.ArgumentError as error:
         raise ValueError(f"{suite}: {error}") from None
     numbers = [getattr(given, name.replace("-", "_"), 1) for name in _NUMBERS if name != "frames"]
-    few = hasattr(given, "images") and given.images < given.batch
+    few = getattr(given, "images", float("inf")) < getattr(given, "batch", 0)
     if rest or min(*numbers, getattr(given, "frames", 0) + 1) < 1 or few:
         what = " ".join(rest) or "a number below 1, or fewer --images than --batch"
         raise ValueError(f"{suite}: what is {what}? See `fasttrain {suite} -h`")

@@ -115,13 +115,28 @@ class Row:
         return {"not_run": f"its process ended with {self._process.wait()}"}
 
 
-def in_turns(workers: dict[str, Row], repeats: int) -> dict[str, list[float]]:
-    """Images a second of every row, one figure for each time that it was its turn."""
+def in_turns(
+    workers: Mapping[str, Row], repeats: int, lost: dict[str, str], *, limit_s: float | None = None
+) -> dict[str, list[float]]:
+    """Images a second of every row, one figure for each time that it was its turn.
+
+    Args:
+        workers: rows that have started.
+        repeats: turns of each.
+        lost: takes why a row has ended, or was ended, before all of its turns; it then has no figures.
+        limit_s: a row that needs longer than that for a turn is ended.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in workers}
     for repeat in range(repeats):
         first = repeat % max(len(workers), 1)
         for name in [*list(workers)[first:], *list(workers)[:first]]:
-            speeds[name].append(workers[name].turn())
+            if name not in speeds:
+                continue
+            try:
+                speeds[name].append(workers[name].turn(limit_s))
+            except ValueError as error:
+                lost[name] = str(error)
+                del speeds[name]
     return speeds
 
 
