@@ -92,16 +92,38 @@ def _sent(values: np.ndarray, device: torch.device) -> Tensor:
 
 def _gather(store_NHWC: Tensor, index_B: np.ndarray, view: View, size: int) -> Tensor:
     """Views whose boxes already have the output's size: one indexing operation."""
+    height, width, channels = store_NHWC.shape[1:]
+    top_B, left_B = view.box_B4[:, 0], view.box_B4[:, 1]
+    outside = (top_B < 0) | (left_B < 0) | (top_B + size > height) | (left_B + size > width)
+    on_host = store_NHWC.device.type == "cpu"
+    flat_BSS, inside_BSS = (_places if on_host else _places_there)(store_NHWC, index_B, view, size)
+    out_BSSC = store_NHWC.view(-1, channels).index_select(0, flat_BSS.flatten()).view(*flat_BSS.shape, channels)
+    if outside.any():
+        out_BSSC.mul_(inside_BSS[..., None])
+    return out_BSSC.permute(0, 3, 1, 2)
+
+
+def _places(store_NHWC: Tensor, index_B: np.ndarray, view: View, size: int) -> tuple[Tensor, Tensor]:
+    """Which pixel of the store each pixel of the views is, counted over all images: int64 [B, S, S]; and whether it lies in
+    its image: bool."""
     height, width = store_NHWC.shape[1:3]
     step_S = np.arange(size)
     y_BS = view.box_B4[:, :1] + np.where(view.flip_B2[:, 1:], step_S[::-1], step_S)
     x_BS = view.box_B4[:, 1:2] + np.where(view.flip_B2[:, :1], step_S[::-1], step_S)
     inside_BSS = ((y_BS >= 0) & (y_BS < height))[:, :, None] & ((x_BS >= 0) & (x_BS < width))[:, None, :]
-    device = store_NHWC.device
     row_BSS = (index_B[:, None, None] * height + y_BS.clip(0, height - 1)[:, :, None]) * width
-    flat_BSS = _sent(row_BSS + x_BS.clip(0, width - 1)[:, None, :], device)
-    out_BSSC = store_NHWC.view(-1, store_NHWC.shape[3]).index_select(0, flat_BSS.flatten())
-    out_BSSC = out_BSSC.view(*flat_BSS.shape, store_NHWC.shape[3])
-    if not inside_BSS.all():
-        out_BSSC.mul_(_sent(inside_BSS, device)[..., None])
-    return out_BSSC.permute(0, 3, 1, 2)
+    return torch.from_numpy(row_BSS + x_BS.clip(0, width - 1)[:, None, :]), torch.from_numpy(inside_BSS)
+
+
+def _places_there(store_NHWC: Tensor, index_B: np.ndarray, view: View, size: int) -> tuple[Tensor, Tensor]:
+    """The same, computed where the store is: five numbers of each view travel there, not one of each pixel."""
+    height, width = store_NHWC.shape[1:3]
+    down_B2 = view.flip_B2[:, ::-1].astype(np.int64)
+    five_B5 = np.concatenate([index_B[:, None], view.box_B4[:, :2], down_B2], axis=1)
+    index_B1, top_B1, left_B1, upside_B1, mirrored_B1 = _sent(five_B5, store_NHWC.device).split(1, dim=1)
+    step_S = torch.arange(size, device=store_NHWC.device)
+    turned_S = size - 1 - 2 * step_S
+    y_BS, x_BS = top_B1 + step_S + upside_B1 * turned_S, left_B1 + step_S + mirrored_B1 * turned_S
+    inside_BSS = ((y_BS >= 0) & (y_BS < height))[:, :, None] & ((x_BS >= 0) & (x_BS < width))[:, None, :]
+    row_BS = (index_B1 * height + y_BS.clamp(0, height - 1)) * width
+    return row_BS[:, :, None] + x_BS.clamp(0, width - 1)[:, None, :], inside_BSS

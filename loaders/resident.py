@@ -1,6 +1,7 @@
 """The ``resident`` loader: the data set as uint8 on the device, whole batches cut out of it by indexing."""
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
@@ -11,7 +12,10 @@ from .base import EpochLoader, LoaderSpec, read_or_stand_in
 from .batch import Batch
 from .datasets import stored_pixels
 from .resample import cut_from_store
+from .views import View
 
+_AHEAD = 16  # batches whose views are drawn at once, and on a GPU cut at once,
+_INDEX_BYTES = 1 << 26  # unless the indices of their pixels would take more
 _STORES: WeakValueDictionary[tuple, "_Store"] = WeakValueDictionary()
 
 
@@ -63,24 +67,43 @@ class ResidentLoader(EpochLoader):
         self.bad = dict(self._store.bad)
         self._row_of = np.full(len(spec.dataset), -1, dtype=np.int64)
         self._row_of[spec.index_N] = np.arange(len(spec.index_N))
+        self._together = self.device.type == "cuda"  # on a CPU there is nothing to launch, and a cache to stay in
 
     def _load(self, epoch: int, walk: Iterator[np.ndarray]) -> Iterator[Batch]:
-        for index_B in walk:
-            yield self.at(epoch, index_B)
+        size = self.spec.size_at(epoch)
+        count = max(1, min(_AHEAD, _INDEX_BYTES // (8 * size * size * max(self.spec.batch, 1))))
+        while chunk := list(itertools.islice(walk, count)):
+            yield from self._cut(epoch, chunk)
 
     def at(self, epoch: int, index_B: np.ndarray) -> Batch:
         """The views in ``epoch`` of chosen samples of the split, whatever the loader's position."""
-        spec, row_B = self.spec, self._row_of[index_B]
+        return next(self._cut(epoch, [index_B]))
+
+    def _cut(self, epoch: int, chunk: list[np.ndarray]) -> Iterator[Batch]:
+        """Batches of these samples. What can be done for all of them at once is: a small batch's step takes less time on a GPU
+        than to ask for each of its parts in turn."""
+        spec = self.spec
+        row_N = self._row_of[np.concatenate(chunk)]
         height, width = self._store_NHWC.shape[1:3]
-        index_B = self._store.index_N[row_B]
-        view = spec.view(epoch, index_B, height, width)
-        pixels = cut_from_store(self._store_NHWC, row_B, view, spec.size_at(epoch))
-        still = None
-        if self._still_NHWC is not None:
-            still = cut_from_store(self._still_NHWC, row_B, view.scaled(spec.still / spec.stored), spec.still)
-        elif spec.still:
-            still = cut_from_store(self._store_NHWC, row_B, view, spec.still)
-        return self._batch_of(pixels, index_B, view.number_B, still)
+        index_N, size = self._store.index_N[row_N], spec.size_at(epoch)
+        view = spec.view(epoch, index_N, height, width)
+        together = self._together and bool((view.box_B4[:, 2:] == size).all())
+        pixels_N = cut_from_store(self._store_NHWC, row_N, view, size) if together else None
+        arrays = (spec.dataset.targets_N[index_N], index_N, view.number_B)
+        targets_N, device_index_N, number_N = (self._small(torch.from_numpy(a)) for a in arrays)
+        where_N2, start = np.stack([index_N, view.number_B], axis=1), 0
+        for index_B in chunk:
+            its = slice(start, start + len(index_B))
+            start = its.stop
+            row_B, view_B = row_N[its], View(view.box_B4[its], view.flip_B2[its], view.number_B[its])
+            pixels = cut_from_store(self._store_NHWC, row_B, view_B, size) if pixels_N is None else pixels_N[its]
+            still = None
+            if self._still_NHWC is not None:
+                its_view = view_B.scaled(spec.still / spec.stored)
+                still = cut_from_store(self._still_NHWC, row_B, its_view, spec.still)
+            elif spec.still:
+                still = cut_from_store(self._store_NHWC, row_B, view_B, spec.still)
+            yield Batch(pixels, targets_N[its], device_index_N[its], number_N[its], still, where_N2[its])
 
     def describe(self) -> str:
         n, height, width, _ = self._store_NHWC.shape

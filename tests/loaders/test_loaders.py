@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fasttrain.loaders import LoaderSpec, ViewPlan, choose_loader, evaluation, open_dataset, open_loader
+from fasttrain.loaders import LoaderSpec, ViewPlan, choose_loader, evaluation, open_dataset, open_loader, resident
 from fasttrain.loaders import choose as choosing
 from fasttrain.loaders.pack import pack
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,6 +130,28 @@ def test_going_on_in_mid_epoch(tree, name, at):
     for a, b in zip(batches[at:], going_on, strict=True):
         same(a, b)
     assert whole.state_dict() == rest.state_dict() == {"epoch": 4, "batch": 0}
+
+
+@pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS.keys())
+def test_batches_that_are_cut_together_are_the_same(tree, changes, monkeypatch):
+    """As a GPU's are, 16 at once or fewer."""
+    spec, alone = spec_of(tree, **changes), []
+    monkeypatch.setattr(resident, "_AHEAD", 1)
+    for epoch in (0, 1):
+        loader = open_loader("resident", spec)
+        loader.set_epoch(epoch)
+        alone += list(loader)
+    for ahead in (3, 16):
+        monkeypatch.setattr(resident, "_AHEAD", ahead)
+        loader, together = open_loader("resident", spec), []
+        loader._together = True
+        for _ in range(2):
+            together += list(loader)
+        assert len(alone) == len(together)
+        for a, b in zip(alone, together, strict=True):
+            same(a, b)
+            assert np.array_equal(a.where_B2, b.where_B2) and (a.whole, a.parts) == (b.whole, b.parts)
+            assert b.pixels.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", ["resident", "torch"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fasttrain.loaders.crop import centre_square
-from fasttrain.loaders.resample import cut, cut_from_store
+from fasttrain.loaders.resample import _places, _places_there, cut, cut_from_store
 from fasttrain.loaders.views import View, ViewPlan
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,6 +104,15 @@ def test_a_store_is_cut_like_a_batch():
     for size, crop in ((16, "pad"), (10, "random_resized")):
         view = ViewPlan(crop=crop)(seed=1, epoch=2, index_B=index, height_B=16, width_B=16)
         assert (cut_from_store(store, index, view, size) == cut(store[index], view, size)).all()
+
+
+@pytest.mark.parametrize("flip", ["none", "horizontal", "both"])
+def test_places_are_computed_alike_on_a_device(flip):
+    """What a GPU computes of a view's five numbers is what the host does."""
+    store, index = photographs(9, 20, 16), np.array([8, 0, 3, 3, 1])
+    view = ViewPlan(crop="pad", pad=5, flip=flip)(seed=1, epoch=2, index_B=index, height_B=20, width_B=16)
+    for a, b in zip(_places(store, index, view, 12), _places_there(store, index, view, 12), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 def test_centre_square():
