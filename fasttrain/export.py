@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from . import checkpoint, model_card
 from .build import build_target
 from .describe import input_shape
+from .environment import versions
 from .files import write_text, write_whole
 from .inference import alone, open_run
 from .models import Target
@@ -179,7 +179,7 @@ def _about(recipe: Recipe, target: Target, classes: list[str]) -> dict[str, Any]
     """What it takes to build the target again."""
     return {
         "format": _FORMAT,
-        "fasttrain": metadata.version("fasttrain"),
+        "fasttrain": versions().get("fasttrain", "not installed"),
         "target": asdict(recipe.target) | {"weights": None, "sha256": "", "frozen": 0},
         "classes": list(classes),
         "input": list(input_shape(recipe, target.backbone.dims)),
