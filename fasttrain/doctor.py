@@ -17,6 +17,7 @@ OPTIONAL = {
     "dali": ("nvidia.dali", "image loader on the GPU (and on the CPU)"),
     "decord": ("decord", "video decoder; package decord2"),
     "torchcodec": ("torchcodec.decoders", "video decoder; pip install 'fasttrain[video]', and apt-get install ffmpeg"),
+    "pynvvideocodec": ("PyNvVideoCodec", "NVDEC, for rows of bench video; needs NVIDIA's driver to be imported"),
     "av": ("av", "video decoder that reads what the others do not, and looks through files"),
     "triton": ("triton", "fused kernels"),
     "apex": ("apex.optimizers", "FusedSGD; from NVIDIA's source only, PyPI's apex is something else"),
