@@ -42,14 +42,22 @@ class Row:
         name: of the row, as `fasttrain bench step` calls it.
         asked: what :func:`fasttrain.benchmarks.step_options.prepared` gives.
         environment: variables of the process beside ours.
+        module: that the process runs, with :func:`work`.
 
     Attributes:
         shares: of the parts of the training loop in its last turn, in percent.
     """
 
-    def __init__(self, name: str, asked: dict[str, Any], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        asked: dict[str, Any],
+        environment: Mapping[str, str] | None = None,
+        *,
+        module: str = "fasttrain.benchmarks.step_rows",
+    ) -> None:
         self.shares: dict[str, float] = {}
-        command = [sys.executable, "-m", "fasttrain.benchmarks.step_rows", name, json.dumps(asked)]
+        command = [sys.executable, "-m", module, name, json.dumps(asked)]
         variables = {**os.environ, **(environment or {})}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
@@ -257,9 +265,10 @@ def opened(name: str, asked: dict[str, Any]) -> Any:
     return style(images_NHWC, labels_N, parts.target, networks, dtype=parts.dtype, **given)
 
 
-def _work(name: str, asked: dict[str, Any]) -> None:
+def work(name: str, asked: dict[str, Any], open_row: Callable[[str, dict[str, Any]], Any] = opened) -> None:
+    """All that a row's process does."""
     try:
-        row, device = opened(name, asked), choose_device("auto")
+        row, device = open_row(name, asked), choose_device("auto")
         row.steps(getattr(row, "first", 3 if device.type == "cuda" else 1))
     except Exception as error:  # missing parts: the other rows can run
         traceback.print_exc()
@@ -302,4 +311,4 @@ def _give_back() -> None:
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1], json.loads(sys.argv[2]))
+    work(sys.argv[1], json.loads(sys.argv[2]))

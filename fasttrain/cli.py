@@ -35,7 +35,7 @@ usage: fasttrain COMMAND ...
                                          a table of the paper, 2 to 8 or fig4: ours beside theirs (`fasttrain table -h`)
   pretext RECIPE [--budget full|smoke] [--probe] [--rows] [--field value ...]
                                          puzzle -> clusters -> pseudo-labels -> target (`fasttrain pretext -h`)
-  bench loaders|video|kernels|sources|transfer|step|clusters|checkpoints|scaling|floors|trace|tuning [--json FILE]
+  bench loaders|video|kernels|sources|transfer|step|cifar|clusters|checkpoints|scaling|floors|trace|tuning|tiles [--json FILE]
                                              speed beside others' in the same run (`fasttrain bench loaders -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
 
@@ -51,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if given else 2
     if given[0] == "--version":
-        print(metadata.version("fasttrain"))
+        try:
+            print(metadata.version("fasttrain"))
+        except metadata.PackageNotFoundError:  # its files were copied, or are linked
+            print("not installed")
         return 0
     command = COMMANDS.get(given[0])
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that is gone is told in a sentence, not in stacks
@@ -311,11 +314,10 @@ def _bench(given: list[str]) -> int:
     rest, file = _option(rest, "--json")
     from . import environment, files
 
-    about = {"suite": suite, "command": environment.command(["bench", *given])} | environment.environment()
-
     def save(content: dict[str, Any]) -> None:
         if file:
-            files.write_json(Path(file), about | content)
+            said = {"suite": suite, "command": environment.command(["bench", *given])}
+            files.write_json(Path(file), said | environment.environment() | content)
 
     content = module.run(rest, save) if suite in _SAVES else module.run(rest)
     for name, why in content["not_run"].items():
@@ -345,6 +347,7 @@ _GOES_ON = {
 }
 SUITES = (
     "checkpoints",
+    "cifar",
     "clusters",
     "codec",
     "end-to-end",
@@ -355,6 +358,7 @@ SUITES = (
     "scaling",
     "sources",
     "step",
+    "tiles",
     "trace",
     "transfer",
     "tuning",

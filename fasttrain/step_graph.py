@@ -102,11 +102,12 @@ class StepGraph:
         recorder: of what it gives the device.
 
     Attributes:
+        recorder: as given.
         replays: steps that were replays so far.
     """
 
     def __init__(self, work: Work, recorder: Recorder) -> None:
-        self._work, self._recorder = work, recorder
+        self._work, self.recorder = work, recorder
         self._form: tuple | None = None
         self._given: list[Tensor] = []
         self._soft: SoftTargets | None = None
@@ -127,10 +128,10 @@ class StepGraph:
             kept.copy_(new, non_blocking=True)
         if self._out is None and self._warm < WARM_UP:
             self._warm += 1
-            return self._recorder.warm(self._run)
+            return self.recorder.warm(self._run)
         if self._out is None:
-            self._out = self._recorder.record(self._run)
-        self._recorder.replay()
+            self._out = self.recorder.record(self._run)
+        self.recorder.replay()
         self.replays += 1
         losses, good = self._out
         return dict(losses), good
@@ -138,7 +139,7 @@ class StepGraph:
     def close(self) -> None:
         """Lets go of the record and of the memory that it holds."""
         self._out, self._form, self._warm, self._given, self._soft = None, None, 0, [], None
-        self._recorder.close()
+        self.recorder.close()
 
     def _run(self) -> Outputs:
         return self._work(self._given[0], self._given[1], self._soft)
