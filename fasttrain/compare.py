@@ -26,6 +26,7 @@ from .log import Watcher
 from .pretext.source import CLUSTERS
 from .recipe import Recipe, row
 from .report_data import first_seeds
+from .shortage import explained
 from .sources import RecalledSources
 from .trained import TRAINED, insist_on_fit
 from .trainer import Trainer
@@ -280,7 +281,9 @@ def _check_later(waves: list[list[Job]]) -> None:
 
 def _train(job: Job, recall: Path, watch: Watcher) -> dict[str, Any]:
     parts = ranks.here().same(lambda: _built(job))
-    return Trainer(parts, job.folder, recall, watch).fit()
+    with explained(job.recipe, parts.device):
+        trainer = Trainer(parts, job.folder, recall, watch)
+    return trainer.fit()
 
 
 _LAST: list[Parts] = []
@@ -288,7 +291,8 @@ _LAST: list[Parts] = []
 
 def _built(job: Job) -> Parts:
     """Builds a run, sharing the decoded images of the one built before it in this process."""
-    _LAST[:] = [build(job.recipe)]
+    with explained(job.recipe, choose_device(job.recipe.run.device)):
+        _LAST[:] = [build(job.recipe)]
     return _LAST[0]
 
 

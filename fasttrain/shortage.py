@@ -12,18 +12,24 @@ from .build import recalls
 from .device import choose_dtype
 from .recipe import Recipe
 
-# What PyTorch, cuDNN, cuBLAS and the kernel say; MemoryError and torch.OutOfMemoryError need no words.
+# What PyTorch, cuDNN, cuBLAS, DALI and the kernel say; MemoryError and torch.OutOfMemoryError need no words.
 _DEVICE = re.compile(
     r"CUDA out of memory|CUDA error: out of memory|CUDNN_STATUS_ALLOC_FAILED|CUBLAS_STATUS_ALLOC_FAILED"
-    r"|CUFFT_ALLOC_FAILED|NCCL.*out of memory",
+    r"|CUFFT_ALLOC_FAILED|NCCL.*out of memory"
+    # DALI, nvImageCodec, and CUDA's own words in theirs
+    r"|Can't allocate \d+ bytes on device|CUDA allocation failed|cudaErrorMemoryAllocation|device allocator failed",
     re.IGNORECASE,
 )
 _HOST = re.compile(
     r"DefaultCPUAllocator|not enough memory|Cannot allocate memory|std::bad_alloc|cudaHostAlloc|CachingHostAllocator"
+    r"|Can't allocate \d+ bytes on host|pinned allocator failed"
 )
 _WORKER = re.compile(r"DataLoader worker \(pid.*\) is killed by signal: Killed")
 _SHARED = re.compile(r"out of shared memory|shared memory ?\(shm\)|unable to (mmap|allocate|write to) .*shm")
-_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ ?[KMGTPE]?i?B|\d+ bytes)|Unable to allocate ([\d.]+ ?[KMGTPE]?i?B)")
+_ASKED = re.compile(
+    r"[Tt]ried to allocate ([\d.]+ ?[KMGTPE]?i?B|\d+ bytes)|Unable to allocate ([\d.]+ ?[KMGTPE]?i?B)"
+    r"|Can't allocate (\d+ bytes)"
+)
 
 
 @contextmanager
@@ -71,6 +77,8 @@ def levers(recipe: Recipe, device: torch.device) -> list[str]:
     if data.loader in ("auto", "resident"):
         other = "video" if data.frames else "ffcv or torch"
         out.append(f"data.loader {other} (is {data.loader}; resident keeps the whole set in memory)")
+    if gpu and data.loader == "dali":
+        out.append("data.loader ffcv or torch (is dali, which decodes in memory of the device)")
     if gpu and run.compile in ("graphs", "step"):
         out.append(f"run.compile true (is {run.compile}: CUDA graphs keep memory of their own)")
     if data.batch > 1:
@@ -100,7 +108,7 @@ def _sentence(error: BaseException, recipe: Recipe, device: torch.device) -> str
     if not (on_device or isinstance(error, MemoryError) or _HOST.search(text)):
         return None
     asked = _ASKED.search(text)
-    wanted = f"{_bytes(asked[1] or asked[2])} were asked for; " if asked else ""
+    wanted = f"{_bytes(asked[1] or asked[2] or asked[3])} were asked for; " if asked else ""
     if on_device and device.type == "cuda":
         return f"out of memory on {device}: {wanted}{_device_memory(device)}. Try, best first: {_list(recipe, device)}"
     more = [] if recipe.data.loader in ("resident", "synthetic") else [workers]

@@ -142,16 +142,19 @@ class DaliLoader(EpochLoader):
         """
         read = self._read
         if index not in self._ours:
-            if isinstance(read, Packed):
-                size, content = read.size(index), read.encoded(index)
-                return _Sample(index, content.reshape(*size, 3) if self._how == PIXELS else content, size)
             try:
                 content = read.encoded(index)
-                if not self._size_N2[index, 0]:
+                if isinstance(read, Packed):
+                    size = read.size(index)
+                    if self._how == PIXELS:
+                        return _Sample(index, content.reshape(*size, 3), size)
+                if not self._size_N2[index, 0]:  # nobody has looked into it
                     self._size_N2[index] = plain_size(content)
-                return _Sample(index, content, self._size_N2[index])
+                if not isinstance(read, Packed) or size == tuple(self._size_N2[index]):
+                    return _Sample(index, content, self._size_N2[index])
             except ValueError:
-                self._ours.add(index)
+                pass
+            self._ours.add(index)
         index, image_HWC, bad = read_or_stand_in(self.spec, index)
         head = b"P6 %d %d 255\n" % (image_HWC.shape[1], image_HWC.shape[0])  # a PPM file: this line, and pixels
         content = np.concatenate([np.frombuffer(head, dtype=np.uint8), image_HWC.reshape(-1)])
@@ -197,8 +200,10 @@ class DaliLoader(EpochLoader):
                     break
                 except (
                     Exception
-                ):  # RuntimeError mostly, of the batch as a whole; the pipeline is "no longer valid" then
+                ) as error:  # RuntimeError mostly, of all the batch; the pipeline is "no longer valid" then
                     self._pipe = None
+                    if _short_of_memory(error):
+                        raise
                     refused = self._refused(pending[0])
                     if not refused:
                         raise
@@ -219,7 +224,9 @@ class DaliLoader(EpochLoader):
                 _run(alone, {name: values[b : b + 1] for name, values in work.fed.items()})
                 alone.share_outputs()
                 alone.release_outputs()
-            except Exception:
+            except Exception as error:
+                if _short_of_memory(error):
+                    raise
                 refused.add(int(work.index_B[b]))
                 alone = None
         return refused
@@ -324,6 +331,15 @@ def _how(spec: LoaderSpec, gpu: int | None, crops: bool | None = None) -> str:
     if gpu is None or crops is None:
         crops = gpu is None or gpu_decodes_crops()
     return CROP if inside and crops else WHOLE
+
+
+def _short_of_memory(error: Exception) -> bool:
+    """Whether it was that, and no image. DALI and nvImageCodec say so in several ways."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        words in said
+        for words in ("out of memory", "allocation failed", "can't allocate", "allocator failed", "bad_alloc")
+    )
 
 
 def _run(pipe: Any, fed: dict[str, Any]) -> None:

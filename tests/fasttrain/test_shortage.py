@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fasttrain import build, compare
 from fasttrain.recipe import Recipe, load
 from fasttrain.shortage import explained, levers
 
@@ -33,6 +34,8 @@ CUDA = {
     "an allocation": (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "),
     "cuDNN": (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     "cuBLAS": (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "DALI": (RuntimeError, "Error in operator `nvidia.dali.fn.decoders.image`: Can't allocate 1073741824 bytes on device 0."),
+    "nvImageCodec": (RuntimeError, "nvImageCodec failure: device allocator failed"),
     "the driver": (RuntimeError, "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
 }  # fmt: skip
 
@@ -41,11 +44,27 @@ CUDA = {
 def test_a_gpu(case, gpu_memory):
     kind, text = CUDA[case]
     said = _said(kind(text), load("demo", ["--data.batch", "256"]), GPU)
-    asked = "2.00 GiB were asked for; " if "Tried" in text else ""
+    asked = "2.00 GiB were asked for; " if "Tried" in text else "1.00 GiB were asked for; " if "107374" in text else ""
     assert said.startswith(
         f"out of memory on cuda: {asked}this process uses 36.00 GiB and keeps 1.00 GiB more for its next "
     )
     assert "; 1.00 of 40.00 GiB are free. Try, best first: " in said and "data.batch 128 (is 256;" in said
+
+
+def test_dali_has_a_lever():
+    assert "data.loader" in _names("--data.loader", "dali") and "data.loader" not in _names("--data.loader", "torch")
+
+
+def test_building_a_run_is_explained_too(smoke, monkeypatch):
+    """Networks, resident images and sources are made before the first step."""
+    (job,) = compare.jobs_of(smoke())
+    for module, name in ((compare, "build"), (build.Parts, "open_sources")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *given: torch.empty(2**50))
+            with pytest.raises(
+                ValueError, match=r"^out of memory: 4194304\.00 GiB were asked for; .* Try, best first: "
+            ):
+                compare.run(job.recipe, lambda label, line: None)
 
 
 def test_an_allocation_that_fails_on_this_cpu():
