@@ -21,6 +21,7 @@ import json
 import tempfile
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,28 +103,50 @@ def events_of(trace: list[dict[str, Any]], steps: int) -> tuple[list[Event], lis
     calls = [e for e in timed if e.get("cat") in ("cuda_runtime", "cuda_driver")]
     caller = {e["args"]["correlation"]: e for e in calls if "correlation" in e.get("args", {})}
     ran = [e for e in timed if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    events: list[Event] = []
-    first: dict[str, dict[int, list[float]]] = {}
-    for e in ran:
-        stream, call = e["args"].get("stream"), caller.get(e["args"].get("correlation"))
-        role = "sources" if call is not None and for_sources(call) else "target"
-        if e["cat"] == "gpu_memcpy" and "DtoD" not in e["name"]:
-            role = "copies"
-        lane = f"{role}, stream {stream}"
-        events.append(Event(e["name"], lane, e["ts"], e["dur"]))
+    calls_of = [caller.get(e["args"].get("correlation")) for e in ran]
+    roles = _roles(ran, calls_of, for_sources)
+    events = [
+        Event(e["name"], f"{role}, stream {e['args'].get('stream')}", e["ts"], e["dur"])
+        for e, role in zip(ran, roles, strict=True)
+    ]
+    first: dict[str, dict[int, float]] = {}  # of each of the target's streams, when each step begins
+    for event, role, call in zip(events, roles, calls_of, strict=True):
         if role == "target" and call is not None:
-            step = bisect_right(begins, call["ts"]) - 1
-            first.setdefault(lane, {}).setdefault(step, []).append(e["ts"])
+            step, its = bisect_right(begins, call["ts"]) - 1, first.setdefault(event.lane, {})
+            its[step] = min(event.start_us, its.get(step, event.start_us))
+    starts = begins
+    if first:
+        busiest = first[max(first, key=lambda lane: sum(e.us for e in events if e.lane == lane))]
+        if all(step in busiest for step in range(steps + 1)):
+            starts = [busiest[step] for step in range(steps + 1)]
     for e in timed:
         if e.get("cat") in ("cpu_op", "cuda_runtime", "cuda_driver"):
             lane = WAITS if "Synchronize" in e["name"] else "host"
             events.append(Event(e["name"], lane if ran else f"host, {_whose(e, for_sources)}", e["ts"], e["dur"]))
-    starts = begins
-    if ran:
-        lane = max(first, key=lambda name: sum(e.us for e in events if e.lane == name))
-        starts = [min(first[lane][step]) for step in range(steps + 1)]
-    within = [e for e in calls if begins[0] <= e["ts"] < begins[-1] and e["name"].startswith(_LAUNCHES)]
-    return events, starts, len(within) / steps
+    launches = {
+        e["args"].get("correlation")
+        for e in calls
+        if begins[0] <= e["ts"] < begins[-1] and e["name"].startswith(_LAUNCHES)
+    }
+    return events, starts, len(launches) / steps
+
+
+def _roles(
+    ran: list[dict[str, Any]],
+    calls: list[dict[str, Any] | None],
+    for_sources: Callable[[dict[str, Any]], bool],
+) -> list[str]:
+    """Whose each kernel or copy is: by the call that started it; where that is not known, as most of its stream."""
+    known = ["" if c is None else "sources" if for_sources(c) else "target" for c in calls]
+    votes: dict[Any, Counter[str]] = {}
+    for e, role in zip(ran, known, strict=True):
+        votes.setdefault(e["args"].get("stream"), Counter())[role] += 1
+    out = []
+    for e, role in zip(ran, known, strict=True):
+        its = votes[e["args"].get("stream")]
+        role = role or ("sources" if its["sources"] > its["target"] else "target")
+        out.append("copies" if e["cat"] == "gpu_memcpy" and "DtoD" not in e["name"] else role)
+    return out
 
 
 def _whose(event: dict[str, Any], for_sources: Callable[[dict[str, Any]], bool]) -> str:
@@ -200,9 +223,10 @@ def _name_sources(row: Ours) -> None:
 
 def _title(content: dict[str, Any]) -> str:
     of = ", ".join(name.rpartition(":")[2] for name in content["models"])
+    sources = "" if content["row"] == "scratch" else f" ({of} at {content['source_size']} px)"
     return (
-        f"{content['target']} at {content['size']} px, {content['row']} ({of} at {content['source_size']} px), batch "
-        f"{content['batch']}, {content['dtype']}, {content['device']}: {content['step_ms']:.2f} ms"
+        f"{content['target']} at {content['size']} px, {content['row']}{sources}, batch {content['batch']}, "
+        f"{content['dtype']}, {content['device']}: {content['step_ms']:.2f} ms"
     )
 
 

@@ -141,6 +141,21 @@ def test_a_trace_of_two_streams():
     assert found["both_percent"] == pytest.approx(16)
 
 
+def test_kernels_without_a_call_are_whose_most_of_their_stream_are():
+    made = _made_up_trace()
+    for e in made:
+        if e["name"] in ("wgmma", "backward"):
+            del e["args"]["correlation"]
+    assert trace.events_of(made, 2) == trace.events_of(_made_up_trace(), 2)
+
+
+def test_without_any_call_steps_are_the_hosts():
+    made = [e for e in _made_up_trace() if not e["cat"].startswith("cuda_")]
+    events, starts, launches = trace.events_of(made, 2)
+    assert starts == [0, 100, 200] and launches == 0
+    assert {e.lane for e in events} >= {"target, stream 7", "target, stream 20"}
+
+
 def test_suite_without_a_gpu(tmp_path, monkeypatch):
     """Live sources: lanes, figures, a picture and JSON from the real profiler."""
     monkeypatch.setenv("HOME", str(tmp_path))

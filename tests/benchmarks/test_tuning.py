@@ -143,19 +143,20 @@ def test_turns_begin_with_another_row_each_time():
     assert "".join(order) == "abcbca"
 
 
-def test_suite(fasttrain, tmp_path):
-    """Through the real command line, with real processes."""
+def test_suite(tmp_path, monkeypatch, capsys):
+    """With real processes."""
+    for name, value in {"HOME": str(tmp_path), "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
     few_photographs(tmp_path / "photographs")
-    asked = ("--sweep", "layout", "--data", "photographs", "--seconds", "0.1", "--repeats", "1", *TINY)
-    done = fasttrain("bench", "tuning", *asked, "--json", "out.json", HOME=str(tmp_path), TORCHDYNAMO_DISABLE="1")
-    assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "out.json").read_text())
+    data = ["--data", str(tmp_path / "photographs")]
+    content = tuning.run(["--sweep", "layout", "--seconds", "0.1", "--repeats", "1", *TINY, *data])
     found = {row["name"]: row for row in content["rows"]}
-    assert list(found) == ["layout: base", "layout: NCHW"]
+    assert list(found) == ["layout: base", "layout: NCHW"] and content["not_run"] == {}
     base, other = found.values()
     assert other["relative_to"]["base"] == pytest.approx(other["images_per_s"] / base["images_per_s"])
     assert other["predicted"] == 0.6 and other["as_predicted"] is None
-    assert content["not_run"] == {} and "layout: NCHW" in done.stdout
+    assert "layout: NCHW" in capsys.readouterr().out
+    json.dumps(content, allow_nan=False)
 
 
 @pytest.mark.parametrize(
