@@ -50,7 +50,7 @@ def test_the_bank_in_its_own_stream(smoke, strategy):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_recalled_is_what_was_kept(smoke, tmp_path, in_memory):
     """Bit for bit what live sources said when the labels were met, in the type they are kept in."""
-    parts = build(smoke("--sources", TWO, "--transfer.precision", "fp16"))
+    parts = build(smoke("--sources", TWO, "--transfer.precision", "fp16", "--run.compile", "false"))
     recall = parts.open_sources(tmp_path, lambda _: None, in_memory=in_memory)
     assert isinstance(recall, RecalledSources)
     first: dict[tuple[int, int], torch.Tensor] = {}
@@ -87,7 +87,7 @@ def test_nothing_waits_in_the_loop(smoke, precision, how):
     assert {"data", "target", "optimiser"} <= set(trainer.clock.lately)
 
 
-def test_live_and_recalled_train_alike(smoke):
+def test_live_and_recalled_train_alike(smoke, exact):
     curves = []
     for name, recall in (("live", "false"), ("recalled", "true")):
         common = ("--run.precision", "fp32", "--run.log_every", "1", "--run.compile", "false", "--name", name)
@@ -106,7 +106,7 @@ def test_the_compiled_step_learns(smoke, compile_):
 
 
 @pytest.mark.parametrize("form", ["shared", "grouped"])
-def test_transfer_modules_together(smoke, form):
+def test_transfer_modules_together(smoke, exact, form):
     curves = []
     for how in ((), ("--transfer.together", form, "--transfer.pad_to", "64", "--transfer.recompute", "true")):
         common = ("--sources", TWO, "--transfer.module", "true", "--run.precision", "fp32", "--run.compile", "false")
