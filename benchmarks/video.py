@@ -15,15 +15,16 @@
                  packing sets, compiling and SSIM come on top
 
 Rows of a decoder and ``packed`` are our video loader: clips of --frames frames at random places, cut by multi-scale corner crops
-to --size pixels, mirrored at random, in batches. They serve the same clips. ``packed`` reads what `fasttrain pack` makes of the
-files (--short-side, --quality). ``bare decord``: the frames of the same clips in as many threads, as a script with decord would
-read them, nothing cut. ``bare decode``: the same as ``packed`` without batches, threads or order around it but for the
-threads themselves. Rows take turns, --repeats times; figures are medians. SSIM is between frames of the packed file and those of
-the files themselves (PyAV), each as a whole brought to --size x --size pixels: in colour, and of the luminance alone.
-``cores``: those of the CPU that were in use, on average.
+to --size pixels, mirrored at random, in batches. They serve the same clips of the same videos, over and over. ``packed`` reads
+what `fasttrain pack` makes of the files (--short-side, --quality). ``bare decord``: the frames of the same clips in as many
+threads, as a script with decord would read them, nothing cut. ``bare decode``: the same as ``packed`` without batches, threads or
+order around it but for the threads themselves. Rows take turns, --repeats times; figures are medians. SSIM is between frames of
+the packed file and those of the files themselves (PyAV), each as a whole brought to --size x --size pixels: in colour, and of
+the luminance alone. ``cores``: those of the CPU that were in use, on average.
 """
 
 import argparse
+import copy
 import gc
 import hashlib
 import itertools
@@ -32,7 +33,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,6 +42,7 @@ import numpy as np
 import torch
 from fasttrain.loaders import ClipPlan, Dataset, LoaderSpec, ViewPlan, open_dataset, open_loader
 from fasttrain.loaders.pack_video import LUMINANCE, pack_videos, ssim
+from fasttrain.loaders.video import Clips, PackedClips
 from fasttrain.loaders.video.decoders import why_pyav
 from fasttrain.loaders.video.files import VideoFiles
 from fasttrain.loaders.video_loader import VideoLoader
@@ -53,6 +55,7 @@ from fasttrain.gpu_use import Use
 
 from . import clips, video_gpu
 
+_EPOCH = 64  # batches, at least
 CACHE = Path("~/.cache/fasttrain/clips-like")
 DECODERS = ("pyav", "decord", "torchcodec", "dali")
 ROWS = (*DECODERS, "bare decord", "packed", "bare decode")
@@ -163,12 +166,25 @@ def _spec(dataset: Dataset, given: argparse.Namespace, **changes: Any) -> Loader
     return LoaderSpec(dataset, **made | changes)
 
 
+def _repeated(dataset: Dataset, given: argparse.Namespace) -> Dataset:
+    """Its videos again and again, each time under another number, so that a clip of it begins elsewhere: an epoch of few batches
+    would be over before threads are busy, and files that are open already would be met too often."""
+    read, times = dataset.read, -(-_EPOCH * given.batch // len(dataset))
+    if isinstance(read, PackedClips):
+        made: Clips = copy.copy(read)
+        made.first_V, made.names = np.tile(read.first_V[:-1], times), [*read.names] * times  # type: ignore[attr-defined]
+        made.shape_N3 = np.tile(read.shape_N3, (times, 1))
+    else:
+        assert isinstance(read, VideoFiles)
+        made = VideoFiles(read.paths * times, read.decoder)
+    return replace(dataset, read=made, targets_N=np.tile(dataset.targets_N, times))
+
+
 class _Loaded:
     """Our loader, batch after batch, through as many epochs as it takes."""
 
     def __init__(self, dataset: Dataset, given: argparse.Namespace) -> None:
-        batch = min(given.batch, len(dataset))
-        self.loader = open_loader("video", _spec(dataset, given, batch=batch), given.device, workers=given.workers)
+        self.loader = open_loader("video", _spec(dataset, given), given.device, workers=given.workers)
         self._walk = self._batches()
 
     def _batches(self) -> Iterator[int]:
@@ -231,26 +247,26 @@ class _BareDecord(_Bare):
 
 
 def _opened(name: str, one: Set, given: argparse.Namespace) -> Any:
+    packed = _repeated(one.packed, given)
     if name == "packed":
-        return _Loaded(one.packed, given)
+        return _Loaded(packed, given)
     if name == "bare decode":
-        return _Bare(one.packed, given)
+        return _Bare(packed, given)
     if name == "bare decord":
         import decord  # noqa: F401
 
-        return _BareDecord(one.dataset("decord"), given)
+        return _BareDecord(_repeated(one.dataset("decord"), given), given)
     if name in video_gpu.ROWS:
         if given.device.type != "cuda":
             raise ValueError("it needs a CUDA device")
-        files = one.packed if name.startswith("packed") else one.dataset("pyav")
-        spec = _spec(files, given, batch=min(given.batch, len(files)))
-        return video_gpu.open_row(name, spec, given.device, given.workers)
+        given_set = packed if name.startswith("packed") else _repeated(one.dataset("pyav"), given)
+        return video_gpu.open_row(name, _spec(given_set, given), given.device, given.workers)
     dataset = one.dataset(name)
     read = dataset.read
     left = [why_pyav(name, scan) for scan in read.scans] if isinstance(read, VideoFiles) else []
     if left and all(left):
         raise ValueError(f"{name} would leave all of them to PyAV: {left[0]}")
-    return _Loaded(dataset, given)
+    return _Loaded(_repeated(dataset, given), given)
 
 
 def _timed(

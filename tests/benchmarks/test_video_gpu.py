@@ -154,6 +154,20 @@ def files(tmp_path_factory):
         yield dataset, open_dataset("beton", folder / "x.beton")
 
 
+def test_videos_that_are_repeated_are_the_same_and_their_clips_others(files):
+    given = video._parsed(["--device", "cpu", "--batch", "4"])
+    for dataset in files:
+        many = video._repeated(dataset, given)
+        assert len(many) == 64 * 4 and (many.targets_N[4:8] == dataset.targets_N).all()
+        one = np.array([2, 0])
+        assert (many.read.frames(4 * 5 + 1, one) == dataset.read.frames(1, one)).all()
+        assert (many.read.shape_N3[-4:] == dataset.read.shape_N3).all()
+        todo = video_gpu.asked(spec(many), 0, np.array([1, 5, 9, 13]))
+        assert len({tuple(frame_T) for frame_T in todo.frame_BT}) > 1
+        for batch in served(spec(many, shuffle=False, size=40), 3):
+            assert (batch.targets.numpy() == dataset.targets_N[batch.index.numpy() % 4]).all()
+
+
 @pytest.mark.parametrize("name", ["dali nvdec", "packed nvjpeg"])
 def test_dali_serves_the_loaders_clips(need, files, name):
     """On a CPU, nearly: its filter repeats pixels at a box's border where ours leaves them out, and its colours are its own."""
