@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from fasttrain.build import build
 from fasttrain.compare import jobs_of
@@ -100,9 +101,31 @@ def test_live_and_recalled_train_alike(smoke, exact):
 @pytest.mark.parametrize("compile_", ["true", "graphs"])
 def test_the_compiled_step_learns(smoke, compile_):
     trainer = trainer_of(smoke("--run.compile", compile_, "--optim.epochs", "12", "--transfer.module", "true"))
+    counters.clear()
     summary = trainer.fit()
+    assert not counters["inductor"]["cudagraph_skips"]
     assert summary["test"]["accuracy"] > 80
     assert json.loads((trainer.folder / "summary.json").read_text())["time_share_percent"]["target"] > 0
+
+
+def test_parts_of_a_batch_add_up_with_graphs(smoke, exact):
+    """A replay overwrites what the one before it gave, gradients too."""
+    curves = []
+    for compile_ in ("false", "graphs"):
+        common = (
+            "--run.accumulate",
+            "2",
+            "--data.drop_last",
+            "true",
+            "--run.precision",
+            "fp32",
+            "--run.log_every",
+            "1",
+        )
+        trainer = trainer_of(smoke(*common, "--optim.lr", "0.001", "--run.compile", compile_, "--name", compile_))
+        trainer.fit()
+        curves.append([line["loss"] for line in read_lines(trainer.folder, "step")])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("form", ["shared", "grouped"])
