@@ -7,6 +7,7 @@ replay, and what the step returns is the same memory every time.
 Shape suffixes: B batch, C all sources' classes side by side, K what is kept of a label.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -67,6 +68,7 @@ class CudaRecorder:
         Raises:
             ValueError: the work makes the host wait, or does something else that no graph can hold.
         """
+        gc.collect()  # autograd nodes that are garbage still belong to the stream of the first step
         self._graph = torch.cuda.CUDAGraph()
         try:
             # loaders' and writers' threads may work meanwhile
