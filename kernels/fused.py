@@ -11,47 +11,20 @@ and ``fasttrain::soft_target_grad``, functional as these need it: backward reads
 Shape suffixes: B batch, C all sources' classes side by side, M sources.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .launch import launch
 from .problem import Probabilities, Problem, SoftTarget, TopK
 from .soft_target_kernel import LOGITS, PROBABILITIES, TOPK_DROP, TOPK_UNIFORM, soft_target_kernel
+from .tiles import DEFAULT, Tiles, Tiling, groups_of, tiles_of
 from .tracing import INTERPRETED, launcher, on_device_of, operator
 
-_WIDEST = 4096  # classes in a tile; sources with more are passed over twice,
-_LOOPED = 1024  # so many at a time: with 2048 some variants spill registers (kernels/resources.py)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a problem is cut up: rows R and columns N of a tile, for sources of up to ``n_small`` classes smaller ones."""
-
-    r: int
-    n: int
-    r_small: int
-    n_small: int
-    k: int
-    loop: int
-    warps: int
-
-
-def tiles_of(class_counts: tuple[int, ...], k_counts: tuple[int, ...], rows: int = 0, widest: int = _WIDEST) -> Tiles:
-    """Tiles for these sources; ``rows`` sets the rows of a tile instead of the rule."""
-    most = widest if max(class_counts) <= widest else min(widest, _LOOPED)
-    n, n_small = (min(most, max(16, _power_of_2(f(class_counts)))) for f in (max, min))
-    k = max(2, _power_of_2(max(k_counts))) if k_counts else 2
-    r, r_small = (rows or max(1, 256 // max(x, k)) for x in (n, n_small))
-    loop = int(max(class_counts) > n)
-    warps = 8 if loop else max(4, r * n // 256)
-    return Tiles(r, n, r_small, n_small, k, loop, warps)
-
-
-def _power_of_2(x: int) -> int:
-    return 1 << (x - 1).bit_length()
+_NO_GROUPS = (1, False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,19 +48,31 @@ class Plan:
 _PLANS: dict[tuple, Plan] = {}
 
 
-def plan_of(problem: Problem, k_counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Plan:
+def plan_of(
+    problem: Problem,
+    k_counts: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    tiling: Tiling = DEFAULT,
+    groups: tuple[int, bool] = _NO_GROUPS,
+) -> Plan:
     """The plan, made once: its two small tensors are copied to the device at the first call."""
-    key = (problem, k_counts, dtype, device)
-    if key not in _PLANS:
-        _PLANS[key] = _plan(problem, k_counts, dtype, device)
-    return _PLANS[key]
+    key = (problem, k_counts, dtype, device, tiling, groups)
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _PLANS[key] = _plan(*key)
+    return plan
 
 
-def _plan(problem: Problem, k_counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Plan:
+def _plan(
+    problem: Problem, k_counts: tuple[int, ...], dtype: torch.dtype, device: torch.device, tiling: Tiling, groups
+) -> Plan:
     sources = len(problem.class_counts)
     floats = (problem.temperatures, tuple(map(float, problem.divisors)))
     starts = _starts(problem.class_counts) + _starts(k_counts or (0,) * sources)
-    tiles = tiles_of(problem.class_counts, k_counts, 64 if INTERPRETED else 0)  # its time goes by programs
+    if INTERPRETED and not tiling.rows:  # its time goes by programs
+        tiling = replace(tiling, rows=64)
+    tiles = tiles_of(problem.class_counts, k_counts, tiling, groups)
     make = _constant if torch.compiler.is_compiling() else torch.tensor
     ints, floats_2M = make(starts, dtype=torch.int32, device=device), make(floats, dtype=dtype, device=device)
     return Plan(ints, floats_2M, torch.ones_like(floats_2M[0]), tiles, problem.kind == "kd")
@@ -128,9 +113,14 @@ class State:
 
 
 def fused(
-    problem: Problem, student_BC: Tensor, target: SoftTarget, valid_B: Tensor | None, state: State | None = None
+    problem: Problem,
+    student_BC: Tensor,
+    target: SoftTarget,
+    valid_B: Tensor | None,
+    state: State | None = None,
+    tiling: Tiling = DEFAULT,
 ) -> Tensor:
-    """The losses [M] of a checked problem; see :func:`fasttrain.kernels.soft_target_loss`."""
+    """The losses [M] of a checked problem; see :func:`fasttrain.kernels.soft_target_loss`. ``tiling`` changes their speed."""
     value, index, form, k_counts = _form_of(target)
     dtype = torch.float64 if student_BC.dtype == torch.float64 else torch.float32
     weight_sum = None if valid_B is None else valid_B.sum(dtype=dtype)
@@ -138,17 +128,23 @@ def fused(
     index = None if index is None else _rows_apart(index)
     valid_B = None if valid_B is None else valid_B.contiguous()
     if torch.compiler.is_compiling() or torch.utils._python_dispatch.is_in_torch_dispatch_mode():
-        plan = _plan(problem, k_counts, dtype, student_BC.device)
-        t = plan.tiles  # not dataclasses.astuple, which Dynamo cannot trace
-        sizes = [t.r, t.n, t.r_small, t.n_small, t.k, t.loop, t.warps]
+        plan = _plan(problem, k_counts, dtype, student_BC.device, tiling, _NO_GROUPS)
+        sizes = plan.tiles.sizes
         return _loss_op(student_BC, value, index, valid_B, weight_sum, plan.ints, plan.floats, sizes, plan.kd, form)
-    if not (student_BC.is_cuda or INTERPRETED):
-        raise ValueError(f"the triton kernels need tensors on a GPU, not on {student_BC.device}")
-    plan = plan_of(problem, k_counts, dtype, student_BC.device)
+    _check_device(student_BC)
+    groups = _NO_GROUPS
+    if tiling.wide:
+        groups = groups_of(student_BC, None if index is not None else value, problem.class_counts)
+    plan = plan_of(problem, k_counts, dtype, student_BC.device, tiling, groups)
     call = _Call(plan, value, index, valid_B, weight_sum, form, state)
     if student_BC.requires_grad and torch.is_grad_enabled():
         return _Direct.apply(student_BC, call)
     return _forward(call, student_BC, None, None)
+
+
+def _check_device(student_BC: Tensor) -> None:
+    if not (student_BC.is_cuda or INTERPRETED):
+        raise ValueError(f"the triton kernels need tensors on a GPU, not on {student_BC.device}")
 
 
 def _form_of(target: SoftTarget) -> tuple[Tensor, Tensor | None, int, tuple[int, ...]]:
@@ -182,7 +178,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_BC: Tensor, call: _Call) -> Tensor:
         ctx.call = call
-        ctx.grad_BC = torch.empty(student_BC.shape, dtype=student_BC.dtype, device=student_BC.device)
+        ctx.grad_BC = _gradient(student_BC, call.plan.tiles.wide)
         ctx.used_M = torch.empty_like(call.plan.ones_M)
         # saved, not only kept: changed in place before backward, they would be noticed
         ctx.save_for_backward(student_BC, call.target, call.index, call.weight, call.weight_sum)
@@ -194,8 +190,8 @@ class _Direct(torch.autograd.Function):
         student_BC, target, index, weight, weight_sum = ctx.saved_tensors
         grad_BC, ctx.grad_BC = ctx.grad_BC, None
         first = grad_BC is not None  # a second backward pass may not touch what the first one gave away
-        if not first:
-            grad_BC = torch.empty(student_BC.shape, dtype=student_BC.dtype, device=student_BC.device)
+        if grad_BC is None:
+            grad_BC = _gradient(student_BC, ctx.call.plan.tiles.wide)
         plan, state = ctx.call.plan, ctx.call.state
         remembered = None if state is None else state(plan)
         _launch(
@@ -217,6 +213,14 @@ def _forward(call: _Call, student_BC: Tensor, grad_BC: Tensor | None, used_M: Te
     return partial.sum(1)
 
 
+def _gradient(student_BC: Tensor, wide: int) -> Tensor:
+    """Memory for the gradient, whose rows begin as far from a multiple of ``wide`` as the student's do."""
+    rows, classes = student_BC.shape
+    more = (student_BC.stride(0) - classes) % wide
+    whole = torch.empty((rows, classes + more), dtype=student_BC.dtype, device=student_BC.device)
+    return whole[:, :classes] if more else whole
+
+
 def _partial(student_BC: Tensor, floats_2M: Tensor, rows: int) -> Tensor:
     """Where the kernel puts the sums of its row tiles, for each source."""
     return floats_2M.new_empty(floats_2M.shape[1], (student_BC.shape[0] + rows - 1) // rows)
@@ -230,19 +234,29 @@ def _launch(
 ) -> None:  # fmt: skip
     """One launch. What is not needed is filled up with a tensor that is there: no pointer is ever empty."""
     rows, sources = student.shape[0], floats.shape[1]
+    index_or = student if index is None else index
+    weight_or = student if weight is None else weight
+    numbers = (
+        rows, student.stride(0), target.stride(0), 0 if index is None else index.stride(0),
+        0 if grad is None else grad.stride(0), upstream.stride(0),
+    )  # fmt: skip
+    constants = (
+        kd, form, weight is not None, partial is not None, grad is not None, check, used is not None and not check,
+        remembered is not None, floats.dtype == torch.float64, tiles.r, tiles.n, tiles.r_small, tiles.n_small, tiles.k,
+        bool(tiles.loop), tiles.wide, bool(tiles.edges),
+    )  # fmt: skip
+    arguments = (
+        student, target, index_or, weight_or, floats if weight_sum is None else weight_sum,
+        student if grad is None else grad, floats if partial is None else partial, ints, floats, upstream,
+        floats if used is None else used, floats if remembered is None else remembered, *numbers, *constants,
+    )  # fmt: skip
+    key = None
+    if kernel is soft_target_kernel and not INTERPRETED:
+        # tensors that were allocated here begin at multiples of 16 bytes, those of a caller may not
+        given = (student, target, index_or, weight_or, upstream)
+        key = (numbers, constants, tiles.warps, student.device, *[(x.dtype, x.data_ptr() % 16) for x in given])
     with on_device_of(student):
-        kernel[((rows + tiles.r - 1) // tiles.r, sources)](
-            student, target, student if index is None else index, student if weight is None else weight,
-            floats if weight_sum is None else weight_sum, student if grad is None else grad,
-            floats if partial is None else partial, ints, floats, upstream,
-            floats if used is None else used, floats if remembered is None else remembered,
-            rows, student.stride(0), target.stride(0), 0 if index is None else index.stride(0),
-            0 if grad is None else grad.stride(0), upstream.stride(0),
-            KD=kd, FORM=form, WEIGHTED=weight is not None, LOSS=partial is not None, GRAD=grad is not None,
-            CHECK=check, KEEP=used is not None and not check, REMEMBER=remembered is not None,
-            DOUBLE=floats.dtype == torch.float64, R=tiles.r, N=tiles.n, R_SMALL=tiles.r_small,
-            N_SMALL=tiles.n_small, K=tiles.k, LOOP=bool(tiles.loop), num_warps=tiles.warps,
-        )  # fmt: skip
+        launch(kernel, key, ((rows + tiles.r - 1) // tiles.r, sources, 1), arguments, tiles.warps)
 
 
 # -- operators, for tracing -------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -37,7 +38,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one variant on one architecture: per thread registers, spilled bytes; per block bytes of shared memory."""
+    """Of one variant on one architecture.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes.
+        shared: bytes of memory, of a block.
+        load_bytes: of the widest load or store of a thread.
+    """
 
     name: str
     architecture: int
@@ -45,6 +53,7 @@ class Resources:
     spilled: int
     shared: int
     warps: int
+    load_bytes: int
 
 
 SIZES = {"10": (10,), "1000+365": (1000, 365), "4096": (4096,), "10+21841": (10, 21841)}
@@ -57,27 +66,30 @@ STAGES = {  # the passes differ in what they write; the gradient does not depend
 
 def variants() -> Iterator[Variant]:
     """The specialisations of training and of the benchmarks: every form, pass and size, with weighted rows."""
-    from .fused import tiles_of
     from .pixels_kernel import BLOCK, WARPS, pixels_kernel
     from .soft_target_kernel import LOGITS, PROBABILITIES, TOPK_DROP, TOPK_UNIFORM, soft_target_kernel
+    from .tiles import tiles_of
 
     forms = {"logits": LOGITS, "probabilities": PROBABILITIES, "top-k": TOPK_UNIFORM, "top-k dropped": TOPK_DROP}
-    for (classes, counts), (form_name, form), (stage, flags), held in product(
-        SIZES.items(), forms.items(), STAGES.items(), ("*bf16", "*fp32")
+    for (classes, counts), (form_name, form), (stage, flags), held, wide in product(
+        SIZES.items(), forms.items(), STAGES.items(), ("*bf16", "*fp32"), (False, True)
     ):
         if held == "*fp32" and form != LOGITS:
             continue
+        if wide and (form != LOGITS or classes == "10" or stage == "forward, ce"):
+            continue
+        groups = (8 if held == "*bf16" else 4, classes != "4096") if wide else (1, False)
         top_k = form in (TOPK_UNIFORM, TOPK_DROP)
-        tiles = tiles_of(counts, tuple(min(32, c) for c in counts) if top_k else ())
+        tiles = tiles_of(counts, tuple(min(32, c) for c in counts) if top_k else (), groups=groups)
         constants = flags | {
             "FORM": form, "WEIGHTED": True, "DOUBLE": False, "R": tiles.r, "N": tiles.n, "R_SMALL": tiles.r_small,
-            "N_SMALL": tiles.n_small, "K": tiles.k, "LOOP": bool(tiles.loop),
+            "N_SMALL": tiles.n_small, "K": tiles.k, "LOOP": bool(tiles.loop), "WIDE": tiles.wide, "EDGES": bool(tiles.edges),
         }  # fmt: skip
         types = dict.fromkeys(["partial_loss", "floats", "weight_sum", "upstream_M", "used_M", "remembered_M"], "*fp32")
         types |= {"student": held, "grad": held, "target": held if form == LOGITS else "*fp16"}
         types |= {"index": "*i32", "weight": "*i1", "ints": "*i32"} | dict.fromkeys(constants, "constexpr")
         signature = {name: types.get(name, "i32") for name in soft_target_kernel.arg_names}
-        name = f"soft target, {form_name}, {held[1:]}, {classes} classes, {stage}"
+        name = f"soft target, {form_name}, {held[1:]}, {classes} classes, {stage}{', in groups' * wide}"
         yield Variant(name, soft_target_kernel, signature, constants, tiles.warps)
     for held, resize in product(("*bf16", "*fp16", "*fp32"), (False, True)):
         types = {"pixels": "*u8", "mean": "*fp32", "std": "*fp32", "out": held}
@@ -102,8 +114,17 @@ def compiled(variant: Variant, architecture: int) -> Resources:
     source = ASTSource(fn, variant.signature, variant.constants, pointers)
     target = GPUTarget("cuda", architecture, 32)
     binary = triton.compile(source, target=target, options={"num_warps": variant.warps, "enable_fp_fusion": True})
-    registers, spilled = _assembled(binary.asm["ptx"], architecture)
-    return Resources(variant.name, architecture, registers, spilled, binary.metadata.shared, variant.warps)
+    return measured(variant.name, binary, architecture)
+
+
+def measured(name: str, binary: Any, architecture: int) -> Resources:
+    """What Triton's machine code of a kernel needs."""
+    ptx = binary.asm["ptx"]
+    registers, spilled = _assembled(ptx, architecture)
+    moved = re.findall(r"(?:ld|st)\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[bf](\d+) ", ptx)
+    widest = max(int(count or 1) * int(bits) // 8 for count, bits in moved)
+    metadata = binary.metadata
+    return Resources(name, architecture, registers, spilled, metadata.shared, metadata.num_warps, widest)
 
 
 def _assembled(ptx: str, architecture: int) -> tuple[int, int]:
@@ -133,7 +154,7 @@ def main(arguments: list[str]) -> None:
     for r in rows:
         print(
             f"sm_{r.architecture:<4}{r.registers:4} registers {r.spilled:5} bytes spilled {r.shared:6} bytes shared "
-            f"{r.warps:3} warps  {r.name}",
+            f"{r.warps:3} warps {r.load_bytes:3} bytes a load  {r.name}",
             flush=True,
         )
 

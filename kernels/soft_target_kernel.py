@@ -13,6 +13,12 @@ How the numbers stay exact where a plain formula would not:
   usual ``p * d``: no term is negative, so nothing cancels when student and source agree;
 * a NaN anywhere in a row reaches the row's loss and gradient.
 
+Where a source's part of a row begins is known only when the kernel runs, so the compiler takes it to begin anywhere and
+loads one element at a time. ``WIDE`` (elements of 16 bytes) moves a tile's first column to the multiple of ``WIDE`` before:
+elements are then loaded in groups that begin at such multiples, as one load each. A group at a row's end holds elements of
+neighbours, which are replaced after loading; such groups of the gradient are stored one element at a time (``EDGES``). All
+three tensors' rows must begin equally far from a multiple of ``WIDE`` (kernels/fused.py sees to it).
+
 Shape suffixes: R rows of a tile, N its columns, K entries of a top-k target.
 """
 
@@ -76,14 +82,44 @@ def _surprise(p, log_p, q, log_q, KD: tl.constexpr):
 
 
 @triton.jit
-def _load(x_R, column_N, count, ok_R, COMPUTE: tl.constexpr, PROBABILITY: tl.constexpr):
-    """A tile of logits from the addresses where the rows begin, -inf outside; of probabilities, their logarithms."""
+def _inside(column_N, shift_R, count):
+    """Which columns of a tile, whose first is ``shift`` before the row's first class, are classes of the source."""
+    return (column_N[None, :] >= shift_R[:, None]) & (column_N[None, :] < (shift_R + count)[:, None])
+
+
+@triton.jit
+def _load(
+    x_R, column_N, shift_R, count, ok_R, COMPUTE: tl.constexpr, PROBABILITY: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """A tile of logits from the addresses where the tile's rows begin, -inf outside; of probabilities, their logarithms."""
+    OTHER: tl.constexpr = 0.0 if PROBABILITY else float("-inf")
     x_RN = x_R[:, None] + column_N[None, :]
-    mask_RN = ok_R[:, None] & (column_N < count)[None, :]
-    if PROBABILITY:
-        return tl.log(tl.load(x_RN, mask=mask_RN, other=0.0).to(COMPUTE))
+    inside_RN = ok_R[:, None] & _inside(column_N, shift_R, count)
+    if WIDE > 1:
+        group_N = column_N // WIDE * WIDE
+        touched_RN = ok_R[:, None] & (group_N[None, :] < (shift_R + count)[:, None])
+        value_RN = tl.load(x_RN, mask=touched_RN, other=OTHER).to(COMPUTE)
+        value_RN = tl.where(inside_RN, value_RN, OTHER)
     else:
-        return tl.load(x_RN, mask=mask_RN, other=float("-inf")).to(COMPUTE)
+        value_RN = tl.load(x_RN, mask=inside_RN, other=OTHER).to(COMPUTE)
+    return tl.log(value_RN) if PROBABILITY else value_RN
+
+
+@triton.jit
+def _store(x_R, column_N, shift_R, count, in_batch_R, value_RN, WIDE: tl.constexpr, EDGES: tl.constexpr):
+    """A tile's classes; groups that are not wholly classes one by one."""
+    x_RN = x_R[:, None] + column_N[None, :]
+    inside_RN = in_batch_R[:, None] & _inside(column_N, shift_R, count)
+    if WIDE > 1:
+        group_N = column_N // WIDE * WIDE
+        end_R = shift_R + count
+        whole_RN = (group_N[None, :] >= shift_R[:, None]) & ((group_N + WIDE)[None, :] <= end_R[:, None])
+        whole_RN = whole_RN & in_batch_R[:, None]
+        tl.store(x_RN, value_RN, mask=whole_RN)
+        if EDGES:
+            tl.store(x_RN, value_RN, mask=inside_RN & (whole_RN == 0))
+    else:
+        tl.store(x_RN, value_RN, mask=inside_RN)
 
 
 @triton.jit
@@ -92,6 +128,7 @@ def _tile(
     first, count, k_first, k_count, inv_temp, loss_scale, grad_scale, block, rows,
     KD: tl.constexpr, FORM: tl.constexpr, WEIGHTED: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr,
     COMPUTE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, K: tl.constexpr, LOOP: tl.constexpr,
+    WIDE: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     """R rows of one source: writes their gradient, returns the sum of their losses."""
     TOPK: tl.constexpr = FORM >= 2
@@ -108,23 +145,38 @@ def _tile(
         grad_scale_R = tl.zeros([R], COMPUTE) + grad_scale
     column_N = tl.arange(0, N)
     student_R = student + row_R * student_stride + first
-    target_R = target + row_R * target_stride + first
     grad_R = grad + row_R * grad_stride + first
+    shift_R = tl.zeros([R], tl.int32)
+    if WIDE > 1:
+        student_at_R, target_at_R = row_R * student_stride + first, row_R * target_stride + first
+        grad_at_R = row_R * grad_stride + first
+        if EDGES:
+            shift_R = (student_at_R % WIDE).to(tl.int32)
+        # a multiple, as the compiler can see
+        student_tile_R = student + student_at_R // WIDE * WIDE
+        target_tile_R = target + target_at_R // WIDE * WIDE
+        grad_tile_R = grad + grad_at_R // WIDE * WIDE
+    else:
+        student_tile_R, target_tile_R = student_R, target + row_R * target_stride + first
+        grad_tile_R = grad_R
+    span = count
+    if EDGES:
+        span = count + tl.max(shift_R, axis=0)
 
     # maximum and sum of each row
-    s_RN = _load(student_R, column_N, count, ok_R, COMPUTE, False)
+    s_RN = _load(student_tile_R, column_N, shift_R, count, ok_R, COMPUTE, False, WIDE)
     if not TOPK:
-        t_RN = _load(target_R, column_N, count, ok_R, COMPUTE, FORM == 1)
+        t_RN = _load(target_tile_R, column_N, shift_R, count, ok_R, COMPUTE, FORM == 1, WIDE)
     if LOOP:
         s_top_RN, s_rest_RN = s_RN, tl.zeros([R, N], COMPUTE)
         if not TOPK:
             t_top_RN, t_rest_RN = t_RN, tl.zeros([R, N], COMPUTE)
-        for start in range(N, count, N):
+        for start in range(N, span, N):
             more_N = start + column_N
-            x_RN = _load(student_R, more_N, count, ok_R, COMPUTE, False)
+            x_RN = _load(student_tile_R, more_N, shift_R, count, ok_R, COMPUTE, False, WIDE)
             s_top_RN, s_rest_RN = _add(s_top_RN, s_rest_RN, x_RN, inv_temp)
             if not TOPK:
-                y_RN = _load(target_R, more_N, count, ok_R, COMPUTE, FORM == 1)
+                y_RN = _load(target_tile_R, more_N, shift_R, count, ok_R, COMPUTE, FORM == 1, WIDE)
                 t_top_RN, t_rest_RN = _add(t_top_RN, t_rest_RN, y_RN, inv_temp)
         s_top_R, s_rest_R = _joined(s_top_RN, s_rest_RN, inv_temp)
         if not TOPK:
@@ -178,12 +230,12 @@ def _tile(
     # loss and gradient
     loss_RN = tl.zeros([R, N], COMPUTE)
     infinite_RN = tl.zeros([R, N], COMPUTE)
-    for start in range(0, count if LOOP else 1, N):
+    for start in range(0, span if LOOP else 1, N):
         c_N = start + column_N
         if LOOP:
-            s_RN = _load(student_R, c_N, count, ok_R, COMPUTE, False)
+            s_RN = _load(student_tile_R, c_N, shift_R, count, ok_R, COMPUTE, False, WIDE)
             if not TOPK:
-                t_RN = _load(target_R, c_N, count, ok_R, COMPUTE, FORM == 1)
+                t_RN = _load(target_tile_R, c_N, shift_R, count, ok_R, COMPUTE, FORM == 1, WIDE)
         d_RN = (s_RN - s_top_R[:, None]) * inv_temp
         q_RN = tl.exp(d_RN) * s_inv_R[:, None]
         log_q_RN = d_RN - s_log_R[:, None]
@@ -195,7 +247,8 @@ def _tile(
             p_RN = tl.exp(d_RN) * t_inv_R[:, None]
             log_p_RN = d_RN - t_log_R[:, None]
         if LOSS:
-            add_RN = tl.where((c_N < count)[None, :], _surprise(p_RN, log_p_RN, q_RN, log_q_RN, KD), 0.0)
+            inside_RN = _inside(c_N, shift_R, count)
+            add_RN = tl.where(inside_RN, _surprise(p_RN, log_p_RN, q_RN, log_q_RN, KD), 0.0)
             if TOPK:  # infinite terms are counted, since those of the k classes are taken out again
                 is_infinite_RN = add_RN == float("inf")
                 infinite_RN += is_infinite_RN.to(COMPUTE)
@@ -203,8 +256,8 @@ def _tile(
             loss_RN += add_RN
         if GRAD:
             g_RN = tl.where(ok_R[:, None], (q_RN - p_RN) * grad_scale_R[:, None], 0.0)
-            mask_RN = in_batch_R[:, None] & (c_N < count)[None, :]
-            tl.store(grad_R[:, None] + c_N[None, :], g_RN.to(grad.dtype.element_ty), mask=mask_RN)
+            g_RN = g_RN.to(grad.dtype.element_ty)
+            _store(grad_tile_R, c_N, shift_R, count, in_batch_R, g_RN, WIDE, EDGES)
     loss_R = tl.sum(loss_RN, axis=1)
     if TOPK:
         if LOSS:
@@ -233,6 +286,7 @@ def soft_target_kernel(
     KD: tl.constexpr, FORM: tl.constexpr, WEIGHTED: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr,
     CHECK: tl.constexpr, KEEP: tl.constexpr, REMEMBER: tl.constexpr, DOUBLE: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr, R_SMALL: tl.constexpr, N_SMALL: tl.constexpr, K: tl.constexpr, LOOP: tl.constexpr,
+    WIDE: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (row tiles of R, sources). Sources of at most N_SMALL classes take R_SMALL rows at a time instead.
 
@@ -271,24 +325,24 @@ def soft_target_kernel(
         inv_temp = 1.0 / temp
         loss = inv_temp * 0.0
         if N_SMALL < N:
-            if count <= N_SMALL:
+            if count + (WIDE - 1 if EDGES else 0) <= N_SMALL:
                 if block * R_SMALL < rows:
                     loss = _tile(
                         student, student_stride, target, target_stride, index, index_stride, weight, grad, grad_stride,
                         first, count, k_first, k_count, inv_temp, loss_scale, grad_scale, block, rows,
-                        KD, FORM, WEIGHTED, LOSS, GRAD, COMPUTE, R_SMALL, N_SMALL, K, False,
+                        KD, FORM, WEIGHTED, LOSS, GRAD, COMPUTE, R_SMALL, N_SMALL, K, False, WIDE, EDGES,
                     )  # fmt: skip
             else:
                 loss = _tile(
                     student, student_stride, target, target_stride, index, index_stride, weight, grad, grad_stride,
                     first, count, k_first, k_count, inv_temp, loss_scale, grad_scale, block, rows,
-                    KD, FORM, WEIGHTED, LOSS, GRAD, COMPUTE, R, N, K, LOOP,
+                    KD, FORM, WEIGHTED, LOSS, GRAD, COMPUTE, R, N, K, LOOP, WIDE, EDGES,
                 )  # fmt: skip
         else:
             loss = _tile(
                 student, student_stride, target, target_stride, index, index_stride, weight, grad, grad_stride,
                 first, count, k_first, k_count, inv_temp, loss_scale, grad_scale, block, rows,
-                KD, FORM, WEIGHTED, LOSS, GRAD, COMPUTE, R, N, K, LOOP,
+                KD, FORM, WEIGHTED, LOSS, GRAD, COMPUTE, R, N, K, LOOP, WIDE, EDGES,
             )  # fmt: skip
         if LOSS:
             tl.store(partial_loss + m * tl.num_programs(0) + block, loss)

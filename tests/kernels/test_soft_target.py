@@ -178,30 +178,65 @@ def test_values_and_gradients(need, implementation, problem):
 @pytest.mark.parametrize("widest", [16, 4096])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["ce", "kd"])
-def test_tiles_of_any_size(rows, widest, form, kind, need, monkeypatch):
+def test_tiles_of_any_size(rows, widest, form, kind, need):
     """However the problem is cut up: one row at a time or several, in one tile or in a loop, small sources apart."""
     need("triton")
-    from fasttrain.kernels import fused
+    from fasttrain.kernels.tiles import Tiling
 
-    whole = fused.tiles_of
-    monkeypatch.setattr(fused, "tiles_of", lambda counts, ks, _: whole(counts, ks, rows, widest))
-    fused._PLANS.clear()
-    counts, temperatures = (3, 70, 16), (1.0, 2.0, 0.7)
-    student, logits = torch.randn(6, 89) * 3, torch.randn(6, 89) * 3
+    in_tiles(Tiling(widest=widest, rows=rows), form, kind, (3, 70, 16))
+
+
+@pytest.mark.parametrize("widest", [16, 4096])
+@pytest.mark.parametrize("form", ["logits", "probabilities", "uniform"])
+@pytest.mark.parametrize(
+    ("counts", "layout", "dtype"),
+    [
+        ((3, 70, 16), "contiguous", torch.float32),
+        ((3, 70, 16), "padded", torch.bfloat16),
+        ((8, 64, 16), "contiguous", torch.bfloat16),
+    ],
+)
+def test_memory_moved_in_groups(counts, layout, dtype, form, widest, need):
+    """Also where groups hold elements of neighbours, which are NaN where there is room between rows."""
+    need("triton")
+    from fasttrain.kernels.tiles import Tiling
+
+    in_tiles(Tiling(widest=widest, rows=4, wide=True), form, "kd", counts, layout, dtype)
+
+
+def in_tiles(tiling, form: str, kind: str, counts, layout: str = "contiguous", dtype=torch.float32) -> None:
+    from fasttrain.kernels import fused
+    from fasttrain.kernels.problem import problem_of
+    from fasttrain.kernels.tiles import groups_of
+
+    temperatures, classes = (1.0, 2.0, 0.7), sum(counts)
+    student, logits = torch.randn(8, classes) * 3, torch.randn(8, classes) * 3
     student[0, :20] = -torch.inf  # the loop's first tile holds no class
     logits[0, 3:25] = -torch.inf
-    student[1, 5], logits[2, 80] = -torch.inf, -torch.inf
+    student[1, 5], logits[2, classes - 9] = -torch.inf, -torch.inf
+    student, logits = student.to(dtype), logits.to(dtype)
     target = as_form(form, logits, counts, 4)
-    options = {"kind": kind, "reduction": "batchmean"}
-    ours = computed(student, target, counts, temperature=temperatures, implementation="triton", **options)
-    theirs = answer(student, target, counts, temperatures=temperatures, **options)
-    fused._PLANS.clear()
+    leaf = student.to(DEVICE)
+    if layout == "padded":
+        leaf = leaf.new_full((8, 104), torch.nan)[:, 8 : 8 + classes].copy_(leaf)
+        target = target.new_full((8, 104), torch.nan)[:, 8 : 8 + classes].copy_(target) if form == "logits" else target
+    leaf.requires_grad_()
+    if tiling.wide:
+        dense = {"logits": target, "probabilities": getattr(target, "value_BC", None)}.get(form)
+        wide, edges = groups_of(leaf, dense, counts)
+        if layout == "contiguous" or form != "probabilities":
+            assert wide == 16 // dtype.itemsize and edges == (counts[0] == 3)
+    problem = problem_of(counts, kind, temperatures, "batchmean")
+    loss_M = fused.fused(problem, leaf, on(DEVICE, target), None, None, tiling)
+    (grad_BC,) = torch.autograd.grad(loss_M.sum(), leaf)
+    ours = loss_M.detach().cpu(), grad_BC.cpu()
+    theirs = answer(student, target, counts, kind=kind, temperatures=temperatures, reduction="batchmean")
     # rows in which the student rules out all of the first source's classes have no softmax
-    assert np.isnan(theirs.loss[0]) and ours[0][0].isnan() and ours[1][0, :3].isnan().all()
+    assert np.isnan(theirs.loss[0]) and ours[0][0].isnan() and ours[1][0, : counts[0]].isnan().all()
     ours[0][0], theirs.loss[0] = 0, 0
-    ours[1][0, :3] = 0
-    theirs.grad[0, :3] = theirs.size[0, :3] = 0
-    compare(ours, theirs, kind, torch.float32)
+    ours[1][0, : counts[0]] = 0
+    theirs.grad[0, : counts[0]] = theirs.size[0, : counts[0]] = 0
+    compare(ours, theirs, kind, dtype, "triton")
 
 
 def test_both_kinds_have_one_gradient(implementation):

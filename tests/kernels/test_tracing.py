@@ -23,8 +23,7 @@ def test_operators_pass_opcheck(form, need):
     student = torch.randn(6, 32, device=DEVICE, requires_grad=True)
     value, index, code, k_counts = fused._form_of(on(DEVICE, as_form(form, torch.randn(6, 32), COUNTS, 3)))
     plan = fused.plan_of(problem, k_counts, torch.float32, student.device)
-    t, weight = plan.tiles, torch.tensor([1, 0, 1, 1, 1, 0], dtype=torch.bool, device=DEVICE)
-    sizes = [t.r, t.n, t.r_small, t.n_small, t.k, t.loop, t.warps]
+    sizes, weight = plan.tiles.sizes, torch.tensor([1, 0, 1, 1, 1, 0], dtype=torch.bool, device=DEVICE)
     given = (student, value, index, weight, weight.sum(dtype=torch.float32), plan.ints, plan.floats, sizes, True, code)
     torch.library.opcheck(fused._loss_op, given)
     torch.library.opcheck(fused._grad_op, (given[0].detach(), *given[1:], torch.rand(2, device=DEVICE)))
