@@ -4,9 +4,14 @@
 
 Rows of a loss: ``eager`` is what one writes in plain PyTorch (``kl_div`` of two softmaxes, source after source), ``compiled``
 the same under torch.compile, ``liger`` the same with Liger's KL kernel; ``reference`` and ``fasttrain`` are ours, the latter
-the fused Triton kernel. 1365 classes are two sources' (1000 and 365); other counts are one source's. Data are random and
-new, logits in ``--dtype``; the loss is kd at T = 2. ``floor`` is the least that must be moved (student and target read, gradient
-written) at the copy bandwidth measured in the same run.
+the fused Triton kernel: ``in groups`` moves memory 16 bytes at a time (kernels/tiles.py), ``padded rows`` does so where rows
+begin at multiples of 16 bytes, ``CUDA graph`` leaves out the host. 1365 classes are two sources' (1000 and 365); other counts
+are one source's. Data are random and new, logits in ``--dtype``; the loss is kd at T = 2. ``floor`` is the least that must be
+moved (student and target read, gradient written) at the copy bandwidth measured in the same run. ``ms`` is a step as it is
+called, host included; on a GPU ``busy_ms`` is what its kernels and copies take, added up. Beside a network's own work the host
+is ahead, and only that counts.
+
+On a GPU ``goals`` says of each goal that was measured whether it is held.
 
 Shape suffixes: B batch, C all sources' classes side by side, M sources.
 """
@@ -14,6 +19,7 @@ Shape suffixes: B batch, C all sources' classes side by side, M sources.
 import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,11 +27,12 @@ import torch.nn.functional as F
 from fasttrain.kernels import Probabilities, SoftTargetLoss, TopK, implementation, network_input, soft_target_loss
 from torch import Tensor
 
-from .timing import cache_bytes, copy_bandwidth, side_by_side
+from .timing import Case, cache_bytes, copy_bandwidth, recorded, side_by_side
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SOURCES = {1365: (1000, 365)}
 T = 2.0
+SUMMED = 2  # launches that every row has alike: of the sources' losses the sum, and a gradient of 1 for it
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -89,15 +96,55 @@ def run(arguments: list[str]) -> dict[str, Any]:
     for b in batches[:1]:
         for size, side in ((224, 224), (96, 224)):
             rows += _inputs(b, size, side, dtype, device, bandwidth, not_run, given.rounds)
-    return {"copy_bytes_per_s": bandwidth, "dtype": str(dtype), "rows": rows, "not_run": not_run}
+    goals = goals_of(rows) if device.type == "cuda" and dtype == torch.bfloat16 else []
+    for goal in goals:
+        print(f"goal: {'held' if goal['held'] else 'missed'}: {goal['name']}: {goal['measured']:.2f}", flush=True)
+    return {"copy_bytes_per_s": bandwidth, "dtype": str(dtype), "rows": rows, "goals": goals, "not_run": not_run}
+
+
+def goals_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the losses are to reach in bf16 at 1365 classes, as far as the rows have it.
+
+    Returns:
+        ``name``, ``measured``, ``limit``, and ``held``. Of both times of a step: as called, and what the GPU is busy.
+    """
+    named = {row["name"]: row for row in rows}
+    out: list[dict[str, Any]] = []
+
+    def goal(name: str, value: float, limit: float, at_most: bool = False) -> None:
+        held = value <= limit if at_most else value >= limit
+        out.append(
+            {"name": f"{name} {limit:g} {'at most' if at_most else 'at least'}", "measured": value, "limit": limit}
+        )
+        out[-1]["held"] = held
+
+    def others(b: int, limits: dict[str, float]) -> None:
+        mine = named[f"fasttrain, B={b} C=1365"]
+        for (other, limit), key in product(limits.items(), ("ms", "busy_ms")):
+            theirs = named.get(f"{other}, B={b} C=1365")
+            if theirs and mine[key] and theirs[key]:
+                goal(f"B={b}: {key} of {other} over fasttrain's,", theirs[key] / mine[key], limit)
+
+    if "fasttrain, B=8192 C=1365" in named:
+        mine = named["fasttrain, B=8192 C=1365"]
+        for key in ("ms", "busy_ms"):
+            if mine[key]:
+                goal(f"B=8192: share of the copy bandwidth by {key},", mine["floor_ms"] / mine[key], 0.8)
+        others(8192, {"eager": 4.0, "compiled": 1.3, "liger": 1.3})
+    if "fasttrain, B=512 C=1365" in named:
+        launches = named["fasttrain, B=512 C=1365"]["launches"]
+        goal("B=512: launches of the losses alone,", launches - SUMMED, 3, at_most=True)
+        others(512, {"compiled": 1.0})
+    return out
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """An option's numbers, with commas between them."""
+    return tuple(int(part) for part in text.split(","))
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fasttrain bench kernels", exit_on_error=False, add_help=False)
-
-    def numbers(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split(","))
-
     parser.add_argument("--batch", type=numbers)
     parser.add_argument("--classes", type=numbers, default=(365, 1365, 4096, 21841))
     parser.add_argument("--dtype", choices=DTYPES)
@@ -154,13 +201,55 @@ def _losses(
         # the function, unlike the module, always expects an upstream gradient of 1
         forgetful = partial(soft_target_loss, class_counts=counts, kind="kd", temperature=T, implementation="triton")
         steps["fasttrain, unexpected upstream gradient"] = _step(forgetful, data, 0.5)
+        steps |= _in_groups(counts, data)
         recalled = _recalled([t for _, t in data], counts)
         for name, targets in recalled.items():
             loss = ours(counts, "triton", device)
             steps[f"fasttrain, {name}"] = _step(loss, [[s, t] for (s, _), t in zip(data, targets, strict=True)])
     cases = side_by_side(steps, device, sets=sets, rounds=rounds)
+    if "fasttrain" in steps and device.type == "cuda":
+        cases |= _graphs({n: steps[n] for n in ("fasttrain", "fasttrain, in groups")}, device, sets, rounds, not_run)
     floor = 3 * b * c * dtype.itemsize / bandwidth * 1e3
     return _rows(cases, f"B={b} C={c}", {"batch": b, "classes": c, "sources": list(counts)}, floor)
+
+
+def _in_groups(counts: tuple[int, ...], data: list[list[Tensor]]) -> dict[str, Any]:
+    """Steps whose memory is moved 16 bytes at a time, of rows side by side and of padded ones."""
+    from fasttrain.kernels import fused  # imports triton
+    from fasttrain.kernels.problem import problem_of
+    from fasttrain.kernels.tiles import Tiling
+
+    problem = problem_of(counts, "kd", T, "batchmean")
+
+    def loss() -> Loss:
+        state = fused.State()
+        return lambda student, target: fused.fused(problem, student, target, None, state, Tiling(wide=True))
+
+    c = sum(counts)
+    pad = -c % (16 // data[0][0].element_size())
+    padded = [[F.pad(x.detach(), (0, pad))[:, :c] for x in pair] for pair in data]
+    for student, _ in padded:
+        student.requires_grad_()
+    steps = {"fasttrain, in groups": _step(loss(), data)}
+    return steps | ({"fasttrain, in groups, padded rows": _step(loss(), padded)} if pad else {})
+
+
+def _graphs(
+    steps: dict[str, Callable[[int], None]], device: torch.device, sets: int, rounds: int, not_run: dict[str, str]
+) -> dict[str, Case]:
+    """Steps as CUDA graphs, timed in turn; one graph has a step on each data set."""
+    graphs = {}
+    for name, step in steps.items():
+        try:
+            graphs[f"{name}, CUDA graph"] = recorded(step, sets)
+        except RuntimeError as error:
+            not_run[f"{name}, CUDA graph"] = " ".join(str(error).split())[:200]
+    cases = side_by_side(graphs, device, sets=1, rounds=rounds)
+    for case in cases.values():
+        case.repeats = [ms / sets for ms in case.repeats]
+        assert case.launches is not None and case.busy_ms is not None
+        case.launches, case.busy_ms = case.launches // sets, case.busy_ms / sets
+    return cases
 
 
 def _recalled(targets: list[Tensor], counts: tuple[int, ...]) -> dict[str, list[Any]]:
@@ -178,9 +267,9 @@ def _recalled(targets: list[Tensor], counts: tuple[int, ...]) -> dict[str, list[
 def _step(loss: Loss, data: list[list[Any]], factor: float = 1.0) -> Callable[[int], None]:
     def step(i: int) -> None:
         student, target = data[i]
-        student.grad = None
         total = loss(student, target).sum()
-        (total if factor == 1.0 else total * factor).backward()
+        # not backward(), which would copy a gradient whose rows are padded, as no layer before the losses does
+        torch.autograd.grad(total if factor == 1.0 else total * factor, student)
 
     return step
 
@@ -225,10 +314,13 @@ def _rows(cases, where: str, settings: dict[str, Any], floor: float) -> list[dic
     rows = []
     for name, case in cases.items():
         row = {"name": f"{name}, {where}", "ms": case.ms, "floor_ms": floor, "repeats": case.repeats} | settings
-        row |= {"copy_share": floor / case.ms, "launches": case.launches, "peak_bytes": case.peak_bytes}
+        row |= {"over_floor": case.ms / floor, "copy_share": floor / case.ms, "busy_ms": case.busy_ms}
+        row |= {"launches": case.launches, "peak_bytes": case.peak_bytes}
         row["relative_to"] = {f"{n}, {where}": c.ms / case.ms for n, c in cases.items() if n != name}
         rows.append(row)
-        extra = "" if case.launches is None else f" {case.launches:3} launches {case.peak_bytes / 2**20:7.0f} MiB"
+        extra = ""
+        if case.launches is not None:
+            extra = f" busy {case.busy_ms:8.4f} ms {case.launches:3} launches {case.peak_bytes / 2**20:7.0f} MiB"
         first = next(iter(cases.values())).ms / case.ms
         print(
             f"{row['name']:62} {case.ms:9.4f} ms {100 * floor / case.ms:5.0f} % of copy {first:6.2f} x{extra}",

@@ -23,12 +23,14 @@ class Case:
         step: does it once, on the data set of that number.
         repeats: milliseconds of one step, one for each round.
         launches: kernels and copies that a step starts on the GPU.
+        busy_ms: of a step, the durations of these kernels and copies added up, without what lies between them.
         peak_bytes: GPU memory that a step needs above what was there.
     """
 
     step: Step
     repeats: list[float] = field(default_factory=list)
     launches: int | None = None
+    busy_ms: float | None = None
     peak_bytes: int | None = None
 
     @property
@@ -56,7 +58,8 @@ def side_by_side(
         took = _timed(case.step, device, 3, sets)
         inner[name] = max(1, min(200, math.ceil(10 / took)))
         if device.type == "cuda":
-            case.launches, case.peak_bytes = _launches(case.step), _peak(case.step, device)
+            case.launches, case.busy_ms = _on_gpu(case.step, sets)
+            case.peak_bytes = _peak(case.step, device)
     once = sum(_timed(c.step, device, 1, sets) * inner[n] for n, c in cases.items()) / 1e3
     for _ in range(max(3, min(rounds, int(budget_s / once)))):
         for name, case in cases.items():
@@ -102,11 +105,29 @@ def _timed(step: Step, device: torch.device, count: int, sets: int) -> float:
     return (time.perf_counter() - begin) / count * 1e3
 
 
-def _launches(step: Step) -> int:
+def recorded(step: Step, sets: int) -> Step:
+    """A step's launches on all data sets as one CUDA graph; whatever number it is given, all of them run."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(sets):
+            step(i)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(sets):
+            step(i)
+    return lambda i: graph.replay()
+
+
+def _on_gpu(step: Step, sets: int) -> tuple[int, float]:
+    """How many kernels and copies a step starts, and how many milliseconds they take in sum, as the profiler sees it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        step(0)
+        for i in range(sets):
+            step(i)
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return round(len(events) / sets), sum(e.time_range.elapsed_us() for e in events) / 1e3 / sets
 
 
 def _peak(step: Step, device: torch.device) -> int:
