@@ -1,13 +1,15 @@
 """Suite ``sources``: how fast frozen networks give their soft labels, in each way that they can run.
 
     fasttrain bench sources [--models NAME,NAME] [--weights W,W] [--classes 1000,365] [--size 224] [--pixels 96] [--batch 64]
-                            [--precision auto|fp32|bf16|fp16] [--repeats 5] [--rows NAME,NAME] [--photographs N] [--json FILE]
+                            [--precision auto|fp32|bf16|fp16] [--repeats 5] [--rows NAME,NAME] [--photographs N] [--emulate]
+                            [--json FILE]
 
   --models       networks of timm or torchvision; two ResNet-50 if not given
   --weights      of each: random, package:MODULE, ..; random if not given
   --size         side of the sources' input, --pixels of the images that are resized to it
   --precision    of the arithmetic; auto: float16 on a GPU, float32 on a CPU
   --photographs  no timing: what every row says of so many photographs, beside the plain networks in float32
+  --emulate      with --photographs: rows for fp8 and int8, emulated in float32 (quantised.py), and beside bf16, too
 
 Rows: ``plain`` runs one network after the other under autocast, as they were built (the reference); ``folded`` with batch
 norms in the convolutions and weights in the precision asked for; ``compiled`` the same under torch.compile; ``stacked``
@@ -22,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from fasttrain.kernels import network_input
 from fasttrain.loaders import open_dataset
 from fasttrain.loaders.datasets import stored_pixels
 from rich.box import SIMPLE_HEAD
@@ -31,11 +34,13 @@ from rich.table import Table
 from fasttrain.device import choose_device, choose_dtype, choose_source_dtype, set_up
 from fasttrain.recipe import Run, Source
 from fasttrain.sources import STRATEGIES, SourceBank, SourceNetwork, open_source
+from fasttrain.sources.fold import folded
 
-from . import photographs
+from . import photographs, quantised
 from .timing import side_by_side
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+CALIBRATION = 16  # photographs that set static scales; none of those that are compared
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
@@ -61,7 +66,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
         except ValueError as error:
             content["not_run"][name] = str(error)
     if given.photographs:
-        content["rows"] = _agreement(banks, sources, given.photographs, given.size, device)
+        content["rows"] = _agreement(banks, sources, given.photographs, given.size, given.emulate, device)
     else:
         content["rows"] = _speeds(banks, sources, given, device)
     _print(content)
@@ -84,6 +89,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=names, default=list(STRATEGIES))
     for name, default in (("size", 224), ("pixels", 96), ("batch", 64), ("repeats", 5), ("photographs", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--emulate", action="store_true")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     try:
         given, rest = parser.parse_known_args(arguments)
@@ -96,6 +102,8 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         raise ValueError(
             f"bench sources: what is {' '.join(rest) or 'a number below 1'}? See `fasttrain bench sources -h`"
         )
+    if given.emulate and not given.photographs:
+        raise ValueError("bench sources: --emulate needs --photographs N")
     if len(given.weights) != count or len(given.classes) != count:
         raise ValueError(f"bench sources: {count} --models need as many --weights and --classes")
     unknown = [name for name in given.rows if name not in STRATEGIES]
@@ -131,28 +139,67 @@ def _speeds(
 
 
 def _agreement(
-    banks: dict[str, SourceBank], sources: list[SourceNetwork], count: int, size: int, device: torch.device
+    banks: dict[str, SourceBank],
+    sources: list[SourceNetwork],
+    count: int,
+    size: int,
+    emulate: bool,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """Of each row and source: how often the first class is the same, and the mean KL divergence."""
     folder = photographs.CACHE.expanduser().with_name("photographs-2000")
     photographs.make(folder, 2000)
     dataset = open_dataset("folder", folder)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].numpy()
-    pixels = stored_pixels(dataset, order, size).permute(0, 3, 1, 2).to(device)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).numpy()
+    pixels = stored_pixels(dataset, order[:count], size).permute(0, 3, 1, 2).to(device)
     counts = [s.spec.classes for s in sources]
 
     def said(bank: SourceBank) -> list[torch.Tensor]:
         logits_NC = torch.cat([bank.logits(part).float() for part in pixels.split(32)])
         return [part.log_softmax(1) for part in logits_NC.split(counts, dim=1)]
 
+    def row(name: str, p: torch.Tensor, q: torch.Tensor, rounded: torch.Tensor | None) -> dict[str, Any]:
+        out = {"name": name, "agreement": _agree(p, q), "kl": _divergence(p, q), "images": count}
+        return out | (
+            {} if rounded is None else {"agreement_bf16": _agree(rounded, q), "kl_bf16": _divergence(rounded, q)}
+        )
+
     plain, rows = said(SourceBank(sources, torch.float32, strategy="plain")), []
+    in_bf16: list[Any] = [None] * len(sources)
+    if emulate:
+        in_bf16 = said(SourceBank(sources, torch.bfloat16, strategy="folded"))
+        rows = [row(f"bf16 {s.spec.model}", p, b, b) for s, p, b in zip(sources, plain, in_bf16, strict=True)]
     for name, bank in banks.items():
-        for source, p, q in zip(sources, plain, said(bank), strict=True):
-            agreement = float((p.argmax(1) == q.argmax(1)).float().mean())
-            divergence = float((p.exp() * (p - q)).sum(1).mean())
-            row = {"name": f"{name} {source.spec.model}", "agreement": agreement, "kl": divergence, "images": count}
-            rows.append(row)
+        answers = zip(sources, plain, said(bank), in_bf16, strict=True)
+        rows += [row(f"{name} {s.spec.model}", p, q, b) for s, p, q, b in answers]
+    if emulate:
+        few = stored_pixels(dataset, order[-CALIBRATION:], size).permute(0, 3, 1, 2).to(device)
+        for s, p, b in zip(sources, plain, in_bf16, strict=True):
+            for setting in quantised.settings():
+                rows.append(row(f"{setting.name} {s.spec.model}", p, _emulated(s, setting, few, pixels), b))
+                print(f"{rows[-1]['name']}: KL {rows[-1]['kl']:.1e}", flush=True)
     return rows
+
+
+def _agree(p_NC: torch.Tensor, q_NC: torch.Tensor) -> float:
+    return float((p_NC.argmax(1) == q_NC.argmax(1)).float().mean())
+
+
+def _divergence(p_NC: torch.Tensor, q_NC: torch.Tensor) -> float:
+    return float((p_NC.exp() * (p_NC - q_NC)).sum(1).mean())
+
+
+def _emulated(
+    source: SourceNetwork, setting: quantised.Setting, few: torch.Tensor, pixels: torch.Tensor
+) -> torch.Tensor:
+    """Log-probabilities of all photographs, with the scales of a few others."""
+
+    def x(pixel_BCHW: torch.Tensor) -> torch.Tensor:
+        return network_input(pixel_BCHW, source.mean, source.std, size=source.spec.size)  # type: ignore[arg-type]
+
+    network = quantised.emulated(folded(source.network, x(few))[0], setting, x(few))
+    with torch.inference_mode():
+        return torch.cat([network(x(part)) for part in pixels.split(32)]).log_softmax(1)
 
 
 def _print(content: dict[str, Any]) -> None:
