@@ -13,7 +13,8 @@
 Counted are convolutions and matrix products, forward and backward. Each reads its inputs and weights once and writes its output
 once, in --dtype; a gradient with respect to an input and one with respect to weights are an operation each. All that lies
 between them (batch norm, activations, sums, pooling, resizing, losses) counts as fused with them and free. The optimiser
-reads weights, gradients and momentum once and writes weights and momentum once, in float32.
+reads weights, gradients and momentum once and writes weights and momentum once, in float32. Attention counts as its two products,
+so that its scores are written and read, which a fused kernel spares.
 
 ``by FLOPs`` is the arithmetic at the one rate, ``by bytes`` the bytes at the other, ``by operation`` the sum over operations of
 the larger of both: the floor of operations that run one after the other. Where target and sources run in two streams, a step may
@@ -223,9 +224,9 @@ def _print(content: dict[str, Any]) -> None:
     )
     unit = "clips_per_s" if content["frames"] else "images_per_s"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("a step", no_wrap=True)
+    table.add_column("a step", no_wrap=True, min_width=len("target backward"))
     for heading in ("GFLOP", "GB", "ms by FLOPs", "ms by bytes", "ms by operation", unit.replace("_per_s", "/s")):
-        table.add_column(heading, justify="right", width=max(8, *map(len, heading.split())))
+        table.add_column(heading, justify="right", width=max(6, *map(len, heading.split())))
     for row in [*content["rows"], *content["parts"]]:
         seconds = (row["by_flops_s"], row["by_bytes_s"], row["by_operation_s"])
         cells = [f"{row['flops'] / 1e9:.1f}", f"{row['bytes'] / 1e9:.3f}", *(f"{1e3 * s:.3f}" for s in seconds)]

@@ -71,6 +71,8 @@ LARGE |= {
     "compile": "true",
 }
 SMALL = LARGE | {"target": "resnet20", "size": 32, "batch": 128}
+# what auto is today, said so that sweeps share their bases' processes, and keep their meaning
+PLAIN, COMPILED = {"transfer.together": "plain"}, {"transfer.bank": "compiled"}
 
 SWEEPS = (
     Sweep(
@@ -123,6 +125,7 @@ SWEEPS = (
                 environment={"TORCHINDUCTOR_MAX_AUTOTUNE": "1"},
             ),
         ),
+        PLAIN,
     ),
     Sweep(
         "bank",
@@ -155,7 +158,7 @@ SWEEPS = (
                 fields={"transfer.bank": "graphed"},
             ),
         ),
-        {"transfer.bank": "compiled"},
+        COMPILED,
     ),
     Sweep(
         "precision",
@@ -187,6 +190,7 @@ SWEEPS = (
                 fields={"run.precision": "fp32"},
             ),
         ),
+        COMPILED,
     ),
     Sweep(
         "batch",
@@ -204,6 +208,7 @@ SWEEPS = (
             Variant("1024", 1.01, "The multiprocessors are full at 512 already.", {"batch": 1024}),
             Variant("2048", 1.02, "As with 1024.", {"batch": 2048, "images": 2048}),
         ),
+        PLAIN,
     ),
     Sweep(
         "together",
@@ -241,7 +246,7 @@ SWEEPS = (
                 fields={"transfer.recompute": "true"},
             ),
         ),
-        {"transfer.together": "plain"},
+        PLAIN,
     ),
     Sweep(
         "optimiser",
@@ -255,6 +260,7 @@ SWEEPS = (
                 fields={"optim.impl": "apex"},
             ),
         ),
+        PLAIN,
     ),
     Sweep(
         "layout",
@@ -268,6 +274,7 @@ SWEEPS = (
                 fields={"run.channels_last": "false"},
             ),
         ),
+        PLAIN,
     ),
     Sweep(
         "loader",

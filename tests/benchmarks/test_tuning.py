@@ -1,12 +1,15 @@
 """Sweeps: what is chosen, how a budget is kept, and a real one of tiny networks through the command line."""
 
 import json
+import os
 
 import pytest
 import torch
-from fasttrain.benchmarks import step_options, tuning
-from fasttrain.benchmarks.step_rows import in_turns
+from fasttrain.benchmarks import step_options, step_rows, tuning
+from fasttrain.benchmarks.step_rows import Row, in_turns
 from fasttrain.benchmarks.tuning_table import SWEEPS, Sweep, Variant
+
+from fasttrain import device
 
 from .test_step_bench import few_photographs
 
@@ -143,18 +146,57 @@ def test_turns_begin_with_another_row_each_time():
     assert "".join(order) == "abcbca"
 
 
+def test_a_process_that_is_late_is_ended(tmp_path):
+    row = Row("scratch", {"folder": str(tmp_path)})
+    assert row.started(0.2) == "it was not done within 0 s"
+    with pytest.raises(ValueError, match="its process ended with"):
+        row.turn()
+    row.end()
+
+
+def test_a_process_has_the_variables_of_its_change(monkeypatch):
+    class Process:
+        stdout = ("noise\n", '{"images": 30, "seconds": 2, "shares": {}}\n')
+
+        def __init__(self, command, env, **pipes):
+            assert env["HOME"] and env["TORCHINDUCTOR_MAX_AUTOTUNE"] == "1" and "step_rows" in command[2]
+            self.stdin = open(os.devnull, "w")
+
+    monkeypatch.setattr(step_rows.subprocess, "Popen", Process)
+    assert Row("live", {}, {"TORCHINDUCTOR_MAX_AUTOTUNE": "1"}).turn() == 15
+
+
+class _Here:
+    """A row in this process, which has imported everything already; test_step_bench.py has the real ones."""
+
+    def __init__(self, name, asked, environment):
+        self.row, self.batch = step_rows.opened(name, asked), asked["batch"]
+
+    def started(self, seconds):
+        self.row.steps(self.row.first)
+        return ""
+
+    def turn(self, seconds):
+        assert self.row.steps(2) == 2 * self.batch
+        self.channels_last = self.row.trainer.recipe.run.channels_last
+        return 2.0 if self.channels_last else 1.0
+
+    def end(self):
+        self.row.close()
+
+
 def test_suite(tmp_path, monkeypatch, capsys):
-    """With real processes."""
-    for name, value in {"HOME": str(tmp_path), "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
+    """Real steps of tiny networks."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "Row", _Here)
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    monkeypatch.setattr(device, "keep_memory", lambda: True)  # other tests look at this process's memory
     few_photographs(tmp_path / "photographs")
     data = ["--data", str(tmp_path / "photographs")]
-    content = tuning.run(["--sweep", "layout", "--seconds", "0.1", "--repeats", "1", *TINY, *data])
-    found = {row["name"]: row for row in content["rows"]}
-    assert list(found) == ["layout: base", "layout: NCHW"] and content["not_run"] == {}
-    base, other = found.values()
-    assert other["relative_to"]["base"] == pytest.approx(other["images_per_s"] / base["images_per_s"])
-    assert other["predicted"] == 0.6 and other["as_predicted"] is None
+    content = tuning.run(["--sweep", "layout", "--repeats", "1", *TINY, *data])
+    base, other = content["rows"]
+    assert (base["name"], other["name"]) == ("layout: base", "layout: NCHW")
+    assert other["relative_to"] == {"base": 0.5} and other["predicted"] == 0.6 and other["as_predicted"] is None
     assert "layout: NCHW" in capsys.readouterr().out
     json.dumps(content, allow_nan=False)
 
