@@ -44,7 +44,7 @@ class Dml(Method):
                     raise ValueError(said.replace("target.model", "method.peers")) from None
 
     def step(self, target: Target, x: Tensor, targets: Tensor, soft: SoftTargets | None) -> dict[str, Tensor]:
-        networks = {"target": target, **self.companions}
+        networks = {"target": target, **dict(self.companions.items())}  # torch 2.11 does not trace **ModuleDict
         logits = {name: self.ask(network, x).logits_BK for name, network in networks.items()}
         out: dict[str, Tensor] = {}
         losses = []
