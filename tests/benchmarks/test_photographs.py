@@ -109,6 +109,16 @@ def test_a_finished_set_is_left_alone_and_others_are_not_overwritten(tmp_path, s
         make(tmp_path / "none", 0, photographs=sources)
 
 
+def test_photographs_that_were_brought_along_need_no_apt(tmp_path, sources, monkeypatch):
+    """The cache's folder alone is enough, and the set is that of a machine that has apt."""
+    (tmp_path / "carried/photographs").mkdir(parents=True)
+    for path in sources:
+        path.rename(tmp_path / "carried/photographs" / path.name)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder = make(tmp_path / "set", 4, workers=1, cache=tmp_path / "carried")
+    assert len(list(folder.glob("*/*.jpg"))) == 4
+
+
 def test_without_apt(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="apt-get and dpkg-deb is not here"):
