@@ -283,18 +283,17 @@ def _timed(
                 raise ValueError("--budget leaves no time for it")
             row = _opened(name, one, given)
             _seconds(row, given.batch, given)  # compiles, opens, warms the page cache
-            once[name] = _seconds(row, given.batch, given)
+            once[name] = _seconds(row, 2 * given.batch, given) / 2  # at once, while no batch is ready
         except Exception as error:  # missing parts: the other rows can run
             not_run[f"{one.name} {name}"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             continue
         opened[name] = row
-    left = max(end - time.monotonic(), 0) / max(len(opened) * given.repeats, 1)
-    turn = min(_TURN, left / 1.5)  # half as long again: batches that are made ahead
+    repeats, turn = _turns(list(once.values()), end - time.monotonic(), given)
     for name, took in once.items():
-        counts[name] = max(given.batch, min(given.clips, int(turn / took * given.batch)))
+        counts[name] = max(2 * given.batch, min(given.clips, int(turn / took * given.batch)))
     found: dict[str, list[_Turn]] = {name: [] for name in opened}
     with closing(Use(given.device, print, gauge=video_gpu.decoder_gauge(given.device), every=0.2)) as use:
-        for repeat in range(given.repeats):
+        for repeat in range(repeats):
             first = repeat % max(len(opened), 1)
             for name in [*list(opened)[first:], *list(opened)[:first]]:
                 found[name].append(_take_turn(opened[name], counts[name], found[name], turn, given, use))
@@ -303,6 +302,25 @@ def _timed(
     for row in opened.values():
         row.close()
     return _rows(one, found)
+
+
+def _ahead(given: argparse.Namespace) -> int:
+    """Batches that a row may have ready when its turn begins, at most."""
+    return max(3, -(-4 * given.workers // given.batch))
+
+
+def _turns(once: list[float], left: float, given: argparse.Namespace) -> tuple[int, float]:
+    """How many turns each row may have, and of how many seconds.
+
+    Args:
+        once: seconds of a batch, of each row.
+        left: seconds for all turns; each begins with batches that were made ahead.
+    """
+    for repeats in range(given.repeats, 0, -1):
+        turn = (left / repeats - (_ahead(given) + 2) * sum(once)) / max(len(once), 1)
+        if turn >= min(1.0, _TURN):
+            return repeats, min(turn, _TURN)
+    return 1, min(1.0, _TURN)
 
 
 @dataclass
@@ -318,8 +336,8 @@ def _take_turn(row: Any, count: int, before: list[_Turn], turn: float, given: ar
     # fast rows serve more in a turn, so that it can be timed well
     rounds = max(1, min(50, round(turn / 10 / _last([t.speed for t in before], count, turn))))
     gc.collect()
-    if given.device.type == "cuda":  # batches that were made ahead while another row was timed
-        row.serve(2 * given.batch)
+    if not isinstance(row, _Bare):  # what was made ahead while another row was timed
+        row.serve(_ahead(given) * given.batch)
     use.lately()
     wall, cpu = time.perf_counter(), time.process_time()
     took = sum(_seconds(row, count, given) for _ in range(rounds))

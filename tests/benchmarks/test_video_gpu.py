@@ -249,3 +249,14 @@ def test_rows_are_told_apart_from_those_that_need_no_gpu(tmp_path, files, monkey
     assert not_run == {"few packed nvjpeg": "ValueError: it needs a CUDA device"}
     assert video._timed(one, given, not_run, end=0.0) == []
     assert not_run["few pyav"] == "ValueError: --budget leaves no time for it"
+
+
+def test_turns_fit_into_what_is_left():
+    """Fewer before they are shorter than a second; one at least."""
+    given = video._parsed(["--device", "cpu", "--batch", "32", "--workers", "16", "--repeats", "5"])
+    assert video._ahead(given) == 3
+    assert video._turns([0.1, 0.3], float("inf"), given) == (5, video._TURN)
+    repeats, turn = video._turns([0.1, 0.3], 30.0, given)
+    assert repeats == 5 and turn == pytest.approx(2.0) and repeats * (2 * turn + 5 * 0.4) <= 30.0
+    assert video._turns([0.1, 0.3], 12.0, given) == (3, 1.0)
+    assert video._turns([0.1, 0.3], 0.0, given) == (1, 1.0)
