@@ -177,7 +177,7 @@ class _Again(Encoded):
         return f"{self._read.name(int(self._index_N[index]))}, {index}"
 
     def __call__(self, index: int) -> np.ndarray:
-        return self._read(int(self._index_N[index]))  # type: ignore[operator]
+        return self._read(int(self._index_N[index]))
 
 
 def several_times(dataset: Dataset, images: int) -> Dataset:
@@ -208,7 +208,7 @@ def _loaders(its: Set, given: argparse.Namespace, content: dict[str, Any]) -> di
     """Loaders to measure, and the name of each in a recipe; what auto stands for is noted."""
     if its.name == "clips":
         return {"video": "video"}
-    out = {}
+    out: dict[str, str] = {}
     for loader in given.loader:
         serves = loader
         if loader == "auto":

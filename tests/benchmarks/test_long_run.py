@@ -103,7 +103,7 @@ class Here(long_run._Run):
 
     def __init__(self, name: str, asked: dict, steps: int, until: float) -> None:
         self.name, self.until, self.wrong = name, until, ""
-        self.lines, self.evaluated, self.notes = [], [], []
+        self.lines, self.evaluated, self.notes, self.over = [], [], [], False
         self.asked = asked | {"steps": steps or 60, "until": until}
 
     def watch(self, so_far) -> None:
@@ -150,7 +150,7 @@ def test_a_process_trains_until_its_time_is_over_or_says_what_is_wrong(tmp_path)
     for run in (its, wrong):
         run.until += 200  # it may take its time to begin
         run.watch(lambda: None)
-    assert its.wrong == "" and its.step == long_run._LOG and len(its.evaluated) == 1
+    assert its.over and its.wrong == "" and its.step == long_run._LOG and len(its.evaluated) == 1
     assert wrong.step == 0 and "its process ended with 1" in wrong.wrong and "target.model" in wrong.wrong
 
 
