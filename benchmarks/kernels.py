@@ -244,7 +244,7 @@ def _graphs(
             graphs[f"{name}, CUDA graph"] = recorded(step, sets)
         except RuntimeError as error:
             not_run[f"{name}, CUDA graph"] = " ".join(str(error).split())[:200]
-    cases = side_by_side(graphs, device, sets=1, rounds=rounds)
+    cases = side_by_side(graphs, device, sets=1, rounds=rounds) if graphs else {}
     for case in cases.values():
         case.repeats = [ms / sets for ms in case.repeats]
         assert case.launches is not None and case.busy_ms is not None

@@ -183,6 +183,8 @@ def _timed(
             graphs[variant.name] = recorded(step_of(variant, data[variant.pad]), sets)
         except RuntimeError as error:
             not_run[f"{variant.name}, {where}"] = " ".join(str(error).split())[:200]
+    if not graphs:
+        return {}
     cases = side_by_side(graphs, device, sets=1, rounds=rounds)
     floor = 3 * batch * c * dtype.itemsize / bandwidth * 1e3
     rows = {}

@@ -6,7 +6,7 @@ registers (resources.py).
 Shape suffixes: B batch, C all sources' classes side by side.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 
 from torch import Tensor
@@ -63,7 +63,9 @@ class Tiles:
     @property
     def sizes(self) -> list[int]:
         """All of it as numbers, as operators take them."""
-        return list(astuple(self))
+        # not dataclasses.astuple, which Dynamo cannot trace
+        small = [self.r_small, self.n_small, self.k]
+        return [self.r, self.n, *small, self.loop, self.warps, self.wide, self.edges]
 
 
 def tiles_of(
