@@ -168,7 +168,8 @@ class Stepper:
         if self.average is not None:
             average_again(self.average, self.target)
         optimiser.zero_grad(set_to_none=True)
-        return {name: value.masked_fill(~good, 0.0) for name, value in losses.items()}, good
+        counted = torch.stack(list(losses.values())).masked_fill(~good, 0.0)
+        return dict(zip(losses, counted.unbind(), strict=True)), good
 
     def _set_rates(self, number: int, factor: float) -> None:
         """The learning rates of a step; in a run with a graph those of the first optimiser on the device, too."""

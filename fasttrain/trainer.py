@@ -256,9 +256,12 @@ class Trainer:
         if isinstance(taken, Tensor):
             losses = {name: torch.where(taken, value, 0.0) for name, value in losses.items()}
         prefix = f"{self.method.passes[number]}/" if number else ""
-        for name, value in losses.items():  # stays on the device; read every N steps
-            self.sums[prefix + name] = self.sums.get(prefix + name, 0) + value
-            self.counts[prefix + name] = self.counts.get(prefix + name, 0) + 1
+        found = {prefix + name: value for name, value in losses.items()}
+        if known := [name for name in found if name in self.sums]:  # stays on the device; read every N steps
+            torch._foreach_add_([self.sums[name] for name in known], [found[name] for name in known])
+        # copies: a recorded step returns the same memory every time
+        self.sums |= {name: 0 + value for name, value in found.items() if name not in self.sums}
+        self.counts |= {name: self.counts.get(name, 0) + 1 for name in found}
 
     def _place(self) -> int:
         """Of a step in the schedule: steps of the epoch's other passes are at the places of the first's."""

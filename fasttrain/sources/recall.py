@@ -169,7 +169,8 @@ class RecalledSources:
             if self._full:
                 return self._unkept(batch)
         if self.tables is not None:
-            parts = [table(batch) for table in self.tables]
+            row_B = self.tables[0].rows(batch)  # all are of the same samples
+            parts = [table(batch.view, row_B) for table in self.tables]
         else:
             parts = [_sent(f.read(view_B, index_B), self.device) for f in self.files]
         return lambda: self._soft(parts)
@@ -331,9 +332,13 @@ class _Table:
             self.fields[name][at] = value
         self._known_KN[view_M, row_M] = True
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        row_B = self._row_of_device[batch.index]
-        return {name: values[batch.view, row_B] for name, values in self.fields.items()}
+    def rows(self, batch: Batch) -> Tensor:
+        """Where in the table the batch's samples are: int64 [B], on the device."""
+        return self._row_of_device[batch.index]
+
+    def __call__(self, view_B: Tensor, row_B: Tensor) -> dict[str, Tensor]:
+        """The labels of these views of the samples in these rows."""
+        return {name: values[view_B, row_B] for name, values in self.fields.items()}
 
 
 def _sent(records: np.ndarray, device: torch.device) -> dict[str, Tensor]:
