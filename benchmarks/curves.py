@@ -137,7 +137,7 @@ def picture(runs: list[dict[str, Any]]) -> str:
                 axes["GPU"].plot(minutes, use["gpu_percent"], colour, lw=1.2, label=run["name"])
         axes["loss"].set(title="training loss, smoothed", xlabel="step")
         axes["memory"].set(title="memory, GiB", xlabel="minutes")
-        axes["memory"].set_ylim(bottom=0)
+        axes["memory"].set_ylim(0, 1.15 * axes["memory"].dataLim.ymax)
         if "GPU" in axes:
             axes["GPU"].set(title="GPU busy, %", xlabel="minutes", ylim=(0, 105))
         for axis in axes.values():

@@ -285,9 +285,9 @@ class _Run:
         else:
             self.notes.append(line["text"])
 
-    def losses(self) -> np.ndarray:
-        """[T], a mean each of ten steps."""
-        return np.array([line["loss"] for line in list(self.lines)])
+    def losses(self, field: str = "loss") -> np.ndarray:
+        """[T], a mean each of ten steps: the whole loss, or ``primary``, the task's."""
+        return np.array([line[field] for line in list(self.lines)])
 
     def about(self) -> dict[str, Any]:
         """For the JSON file; at most 200 points of each curve."""
@@ -348,15 +348,20 @@ def _told(made: list[_Run]) -> dict[str, Any]:
         row["relative_to"] = {} if not rows else {runs[0]["name"]: its["images_per_s"] / runs[0]["images_per_s"]}
         rows.append(row)
     out: dict[str, Any] = {"runs": runs, "rows": rows}
-    by_name = {its.name: its.losses() for its in some}
-    if {"live, seed 0", "recalled, seed 0"} <= by_name.keys():
-        second = by_name.get("recalled, seed 1")
-        long_enough = second is not None and len(second) >= len(by_name["recalled, seed 0"]) // 2
-        seeds = (by_name["recalled, seed 0"], second) if second is not None and long_enough else None
+    for title, field in (("losses", "loss"), ("task_losses", "primary")):
+        by_name = {its.name: its.losses(field) for its in some}
+        if not {"live, seed 0", "recalled, seed 0"} <= by_name.keys():
+            break
+        live_T, recalled_T, second_T = (
+            by_name.get(name) for name in ("live, seed 0", "recalled, seed 0", "recalled, seed 1")
+        )
+        assert live_T is not None and recalled_T is not None
+        long_enough = second_T is not None and len(second_T) >= len(recalled_T) // 2
+        seeds = (recalled_T, second_T) if second_T is not None and long_enough else None
         try:
-            out["losses"] = curves.compare(by_name["live, seed 0"], by_name["recalled, seed 0"], seeds).about()
+            out[title] = curves.compare(live_T, recalled_T, seeds).about()
         except ValueError as error:
-            out["losses"] = {"not_compared": str(error)}
+            out[title] = {"not_compared": str(error)}
     return out
 
 
@@ -379,13 +384,14 @@ def _print(content: dict[str, Any]) -> None:
                 f"{field.removesuffix('_gib')} memory {memory['gib']:.2f} GiB, {memory['gib_per_hour']:+.3f} an hour: {flat}"
             )
         console.print(f"{its['name']}: {', '.join(said)}", **plain)
-    losses = content.get("losses", {})
-    if "distance" in losses:
-        verdict = "the same within noise" if losses["within"] else "NOT the same within noise"
-        noise = f"noise {losses['noise']:.4g} ({losses['noise_is']})"
-        console.print(f"live and recalled: {verdict}: distance {losses['distance']:.4g}, {noise}", **plain)
-    elif losses:
-        console.print(f"live and recalled: {losses['not_compared']}", **plain)
+    for title in ("losses", "task_losses"):
+        losses, what = content.get(title, {}), f"{title.replace('_', ' ')}, live and recalled"
+        if "distance" in losses:
+            verdict = "the same within noise" if losses["within"] else "NOT the same within noise"
+            noise = f"noise {losses['noise']:.4g} ({losses['noise_is']})"
+            console.print(f"{what}: {verdict}: distance {losses['distance']:.4g}, {noise}", **plain)
+        elif losses:
+            console.print(f"{what}: {losses['not_compared']}", **plain)
 
 
 # --- in a training's process

@@ -86,7 +86,7 @@ def use(jobs: list) -> str:
         for job in jobs:
             _lines(axis, jobs, job, "step", field)
         _finish(axis, titles[field])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * axis.dataLim.ymax)
     return _embedded(figure, "use of the machine")
 
 

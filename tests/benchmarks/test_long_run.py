@@ -132,6 +132,7 @@ def test_live_and_recalled_are_the_same_within_noise(monkeypatch, tmp_path, caps
     assert (
         losses["within"] and losses["noise_is"] == "two seeds' distance" and losses["distance"] < 0.1 * losses["noise"]
     )
+    assert content["task_losses"]["within"] and 0 < content["task_losses"]["noise"] != losses["noise"]
     live, recalled, _ = content["runs"]
     assert live["evaluated"][-1]["accuracy"] == recalled["evaluated"][-1]["accuracy"]
     assert live["memory"]["own_gib"].keys() == {"gib", "gib_per_hour", "grown_gib", "flat"}
