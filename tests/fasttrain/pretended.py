@@ -200,7 +200,7 @@ def device_of(tensor: Tensor) -> torch.device:
 
 def _mark(tensor: Tensor, device: torch.device) -> Tensor:
     memory = _memory_of(tensor)
-    if not hasattr(memory, "pretended"):
+    if not hasattr(memory, "pretended") and device_of(tensor).type != "meta":
         memory.pretended = device
     return tensor
 
