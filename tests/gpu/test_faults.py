@@ -288,8 +288,12 @@ def beton(tmp_path_factory) -> Path:
 def start(place: Path, beton: Path, device: str) -> subprocess.Popen:
     place.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "fasttrain", "train", *TRAIN, "--data.root", str(beton), "--run.device", device]
-    out = (place / "said.txt").open("w")
-    return subprocess.Popen(command, cwd=place, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}  # one from here means another folder there
+    with (place / "said.txt").open("w") as out:
+        return subprocess.Popen(
+            command, cwd=place, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def losses(place: Path) -> dict[int, float]:
