@@ -50,7 +50,7 @@ from .step_options import names
 from .step_rows import Ours, Row, in_turns, work
 
 PLAIN = "plain eager loop"
-OURS = {"ours, off": False, "ours, true": True, "ours, graphs": "graphs", "ours, step": "step"}
+OURS: dict[str, bool | str] = {"ours, off": False, "ours, true": True, "ours, graphs": "graphs", "ours, step": "step"}
 ROWS = (PLAIN, f"{PLAIN}, compiled", *OURS, "ours, step, not compiled", "step alone", "all but the step")
 _ON_CUDA = ("ours, graphs", "ours, step", "ours, step, not compiled", "step alone", "all but the step")
 _SIDE, _PAD = 32, 4

@@ -173,8 +173,9 @@ def _with(soft: SoftTargets | None, tensors: list[Tensor]) -> SoftTargets | None
     if soft is None:
         return None
     its = soft.target_BC
-    target = TopK(*tensors, its.counts, its.remainder) if isinstance(its, TopK) else tensors[0]
-    return SoftTargets(target, soft.class_counts, soft.names)
+    if isinstance(its, TopK):
+        return SoftTargets(TopK(tensors[0], tensors[1], its.counts, its.remainder), soft.class_counts, soft.names)
+    return SoftTargets(tensors[0], soft.class_counts, soft.names)
 
 
 def _like(values: Tensor) -> Tensor:
