@@ -6,6 +6,7 @@ import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
+import performance
 from docstring_parser import parse_from_object
 
 from fasttrain import recipe
@@ -250,6 +251,12 @@ def _replaced(text: str, mark: str, table: str) -> str:
     return re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m: m[1] + table + "\n" + m[2], text, flags=re.S)
 
 
+def readme() -> str:
+    """README.md with both of its tables."""
+    text = _replaced((ROOT / "README.md").read_text(), "demo", demo_table())
+    return _replaced(text, "performance", performance.tables(ROOT / "benchmarks/results"))
+
+
 def sources_page() -> str:
     """docs/sources.md with both of its tables."""
     text = _replaced((ROOT / "docs/sources.md").read_text(), "step", step_table())
@@ -260,7 +267,7 @@ def main() -> int:
     """Writes the files, or with ``--check`` says which are out of date."""
     wanted = {
         "docs/fields.md": field_pages(),
-        "README.md": marked("README.md", "demo", demo_table()),
+        "README.md": readme(),
         "docs/data.md": marked("docs/data.md", "loaders", loader_table()),
         "docs/sources.md": sources_page(),
         "docs/video.md": marked("docs/video.md", "video", video_table()),
