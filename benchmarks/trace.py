@@ -17,6 +17,7 @@ and another one the calls that wait. Without a GPU there are only the host's lan
 do. Looking slows the host down: ``ms unwatched`` is a step of the same process just before.
 """
 
+import argparse
 import json
 import tempfile
 import time
@@ -50,16 +51,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: arguments that make no sense, or no data.
     """
-    parser = step_options.parser("trace", [name for name in step_options.EVERY if name != "repeats"])
-    parser.add_argument("--row", choices=ROWS, default="live")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--change", action="append", default=[])
-    parser.add_argument("--picture", type=Path)
-    given = step_options.parsed(parser, arguments)
-    if given.steps < 1:
-        raise ValueError(f"bench trace: --steps is {given.steps}; it is 1 at least")
-    if given.picture is not None and given.picture.suffix != ".svg":
-        raise ValueError(f"bench trace: --picture {given.picture} is no .svg file")
+    given = _parsed(arguments)
     changes = dict(change.partition("=")[::2] for change in given.change)
     device = choose_device("auto")
     packed = step_options.packed(given.data, clips=given.frames > 0)
@@ -79,6 +71,20 @@ def run(arguments: list[str]) -> dict[str, Any]:
     if given.picture is not None:
         draw(content, given.picture, _title(content))
     return content
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = step_options.parser("trace", [name for name in step_options.EVERY if name != "repeats"])
+    parser.add_argument("--row", choices=ROWS, default="live")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--change", action="append", default=[])
+    parser.add_argument("--picture", type=Path)
+    given = step_options.parsed(parser, arguments)
+    if given.steps < 1:
+        raise ValueError(f"bench trace: --steps is {given.steps}; it is 1 at least")
+    if given.picture is not None and given.picture.suffix != ".svg":
+        raise ValueError(f"bench trace: --picture {given.picture} is no .svg file")
+    return given
 
 
 def events_of(trace: list[dict[str, Any]], steps: int) -> tuple[list[Event], list[float], float]:
