@@ -21,18 +21,21 @@ carry_pack() (
     for n in 5 12 17 24 27 28 31 34 35 39; do platforms="$platforms --platform manylinux_2_${n}_x86_64"; done
     for set in ${*:-base dali video}; do
         case $set in
-            base) names="jsonargparse docstring-parser typeshed-client importlib-resources av liger-kernel fastargs pytorch-pfn-extras terminaltables"
+            base) names="jsonargparse docstring-parser typeshed-client importlib-resources av liger-kernel pytorch-pfn-extras terminaltables"
                   ffcv=1 ;;
             dali) names="nvidia-dali-cuda130 nvidia-libnvcomp-cu13 nvidia-nvimgcodec-cu13 nvidia-nvjpeg2k-cu13 nvidia-nvtiff-cu13 nvidia-nvjpeg nvtx optree makefun astunparse gast libcst" ;;
             video) names="decord2 torchcodec pynvvideocodec" ;;
             *) echo "carry.sh: there is no set $set; there are base, dali, video" >&2; exit 2 ;;
         esac
-        # shellcheck disable=SC2086
-        "$python" -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version "${PYTHON_THERE:-3.12}" \
-            $platforms -d "$work/wheels" $names
+        for name in $names; do # the version that is tried here, where there is one
+            version=$("$python" -m pip show "$name" 2>/dev/null | sed -n 's/^Version: /==/p')
+            # shellcheck disable=SC2086
+            "$python" -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version "${PYTHON_THERE:-3.12}" \
+                $platforms -d "$work/wheels" "$name$version"
+        done
     done
     if [ "${ffcv:-}" ]; then # its module asks nothing of a version of Python, only the file's name does
-        "$python" -m pip wheel -q --no-deps -w "$work/wheels" assertpy
+        "$python" -m pip wheel -q --no-deps -w "$work/wheels" assertpy fastargs
         site=$("$python" -c 'import ffcv, pathlib; print(pathlib.Path(ffcv.__file__).parent.parent)')
         mkdir "$work/site" "$work/libraries"
         cp -r "$site/ffcv" "$site"/ffcv-*.dist-info "$work/site/"
