@@ -35,7 +35,8 @@ usage: fasttrain COMMAND ...
                                          a table of the paper, 2 to 8 or fig4: ours beside theirs (`fasttrain table -h`)
   pretext RECIPE [--budget full|smoke] [--probe] [--rows] [--field value ...]
                                          puzzle -> clusters -> pseudo-labels -> target (`fasttrain pretext -h`)
-  bench loaders|video|kernels|sources|transfer|step|cifar|clusters|checkpoints|scaling|floors|trace|tuning|tiles [--json FILE]
+  bench loaders|codec|video|kernels|tiles|sources|transfer|step|floors|trace|tuning|cifar|end-to-end|long-run|clusters|
+        checkpoints|scaling [--json FILE]
                                              speed beside others' in the same run (`fasttrain bench loaders -h`)
   doctor                                 what this machine has, which back end each part uses, and why (--json)
 

@@ -4,8 +4,9 @@
     python scripts/gpu.py PLAN [--data FOLDER|FILE.beton] [--video FILE.beton] [--out FOLDER] [--seconds 540]
                           [--only NAME,NAME] [--rehearse] [--list]
 
-  PLAN       check: GPU tests, and kernels under a sanitizer; kernels, step, module, tune, tune-more: what is computed; loaders,
-             files, video: what is loaded; long: a training of minutes. Each is made for 9 minutes (scripts/gpu_plans.py)
+  PLAN       check: GPU tests, and kernels under a sanitizer; data: the benchmarks' photographs, made in OUT-data of those in
+             the folder DATA; kernels, step, module, tune, tune-more: what is computed; loaders, files, video: what is loaded;
+             long: a training of minutes. Each is made for 9 minutes (scripts/gpu_plans.py)
   --seconds  that all steps may take together
 
 A step that fails or runs over its limit does not stop those after it; one that should take longer than what is left is not

@@ -58,15 +58,27 @@ def _tests(name: str, options: str, seconds: int, before: str = "") -> Step:
     return Step(name, whole, seconds, f"{start} {paths} --collect-only")
 
 
-_LOOKS = "sh -c " + shlex.quote(
+LOOKS = "sh -c " + shlex.quote(
     "nvidia-smi; nproc; free -g; which gcc nvcc compute-sanitizer ncu; ldconfig -p | grep -E 'nvcuvid|nvjpeg|nvidia-encode'; "
     'ls /usr/local/nvidia/lib*; {python} -c "import os, sysconfig; '
     "print('Python.h:', os.path.exists(sysconfig.get_paths()['include'] + '/Python.h'))\"; true"
 )
 
+_MADE = "fasttrain.benchmarks.photographs --out {out}-data/photographs"
+_PACKED = "{python} -m fasttrain pack folder --root {out}-data/photographs --out {out}-data/photographs.beton"
+
 PLANS: dict[str, tuple[Step, ...]] = {
+    "data": (
+        Step(
+            "photographs",
+            f"{{python}} -m {_MADE} --count 1500 --cache {{data}}",
+            40,
+            f"{{python}} -m {_MADE} --count 40",
+        ),
+        Step("packed", _PACKED, 60, _PACKED),
+    ),
     "check": (
-        Step("machine", _LOOKS, 10, _LOOKS),
+        Step("machine", LOOKS, 10, LOOKS),
         Step("doctor", "{python} -m fasttrain doctor --json", 20, "{python} -m fasttrain doctor --json"),
         _tests("kernel-tests", "tests/kernels --ignore=tests/kernels/test_resources.py -n 12", 90),
         _tests("gpu-tests", "tests -m gpu -n 8", 240),
@@ -150,8 +162,7 @@ PLANS: dict[str, tuple[Step, ...]] = {
             "tuning",
             "tuning --sweep compile-small,bank --seconds 3 --budget 480 --data {data}",
             510,
-            f"tuning --sweep layout --repeats 1 --target resnet20 {_SMALL_STEP.replace('--compile false', '')}",
-            turn=0.2,
+            f"tuning --sweep layout --repeats 1 --seconds 0.2 --target resnet20 {_SMALL_STEP.replace('--compile false', '')}",
         ),
     ),
     "tune-more": (

@@ -6,6 +6,7 @@ import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
+import gpu_plans
 import performance
 from docstring_parser import parse_from_object
 
@@ -257,6 +258,20 @@ def readme() -> str:
     return _replaced(text, "performance", performance.tables(ROOT / "benchmarks/results"))
 
 
+def plan_table() -> str:
+    """What `make gpu` runs: a line for each step of each plan."""
+    lines = ["| plan | step | seconds | command |", "| --- | --- | --- | --- |"]
+    for plan, steps in gpu_plans.PLANS.items():
+        for i, step in enumerate(steps):
+            words = step.words.partition(" --json ")[0].replace("{python} -m ", "").replace("|", "\\|")
+            if step.words == gpu_plans.LOOKS:
+                words = "what the machine has: driver, compiler, libraries"
+            named = f"`{plan}`, {sum(s.seconds for s in steps)} s" if not i else ""
+            code = words if step.words == gpu_plans.LOOKS else f"`{words}`"
+            lines.append(f"| {named} | {step.name} | {step.seconds} | {code} |")
+    return "\n".join(lines)
+
+
 def sources_page() -> str:
     """docs/sources.md with both of its tables."""
     text = _replaced((ROOT / "docs/sources.md").read_text(), "step", step_table())
@@ -273,6 +288,7 @@ def main() -> int:
         "docs/video.md": marked("docs/video.md", "video", video_table()),
         "docs/methods.md": marked("docs/methods.md", "methods", method_tables()),
         "docs/pretext.md": marked("docs/pretext.md", "pretext", pretext_tables()),
+        "docs/gpu.md": marked("docs/gpu.md", "plans", plan_table()),
         "docs/kernels.md": marked("docs/kernels.md", "kernels", kernel_table()),
     }
     stale = [name for name, text in wanted.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]
