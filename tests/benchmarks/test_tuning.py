@@ -189,11 +189,11 @@ def test_suite(tmp_path, monkeypatch, capsys):
     """Real steps of tiny networks."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "Row", _Here)
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     monkeypatch.setattr(device, "keep_memory", lambda: True)  # other tests look at this process's memory
     few_photographs(tmp_path / "photographs")
     data = ["--data", str(tmp_path / "photographs")]
-    content = tuning.run(["--sweep", "layout", "--repeats", "1", *TINY, *data])
+    with torch._dynamo.config.patch(disable=True):
+        content = tuning.run(["--sweep", "layout", "--repeats", "1", *TINY, *data])
     base, other = content["rows"]
     assert (base["name"], other["name"]) == ("layout: base", "layout: NCHW")
     assert other["relative_to"] == {"base": 0.5} and other["predicted"] == 0.6 and other["as_predicted"] is None

@@ -195,7 +195,7 @@ def test_bench_kernels(fasttrain, tmp_path):
     assert ours["relative_to"]["eager, B=8 C=20"] == pytest.approx(eager["ms"] / ours["ms"])
     assert ours["copy_share"] == pytest.approx(ours["floor_ms"] / ours["ms"]) and len(ours["repeats"]) >= 3
     for wrong, message in (
-        (("kernel",), "bench needs a suite, not 'kernel'; there are checkpoints, clusters, kernels"),
+        (("kernel",), "bench needs a suite, not 'kernel'; there are checkpoints, cifar, clusters"),
         (("kernels", "--batch", "0"), "numbers must be above 0"),
         (("kernels", "--dtype", "int8"), "invalid choice"),
         (("kernels", "--fast"), "--fast"),

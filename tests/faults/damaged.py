@@ -23,6 +23,7 @@ import torch
 
 SECONDS, SPARE = 10.0, 32 << 20
 SAME, OTHER, REFUSED = "same", "other", "refused"  # what may come out; anything else is a fault
+_FIRST = 300.0  # seconds of the first reading, which may compile
 _ROOM = 16 << 30  # bytes of addresses that a child may ask for: it shall not take the machine's memory
 _EDGES = [n.to_bytes(8, "little", signed=n < 0) for n in (0, -1, 1 << 31, (1 << 63) - 1)]
 
@@ -227,11 +228,12 @@ def _child(
     os.close(send)
     begun, ended = -1, False
     try:
-        lines, patience = b"", 60.0  # the first reading may compile
+        lines, patience = b"", _FIRST
         while not ended:
             ready, _, _ = select.select([receive], [], [], patience)
             if not ready:
                 os.kill(child, signal.SIGKILL)
+                assert begun >= 0, f"the undamaged input is not read within {patience:.0f} s"
                 yield begun, "hung", f"longer than {patience:.0f} s"
                 return
             more = os.read(receive, 1 << 16)
