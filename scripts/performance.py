@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SLOWER = "slower floor"  # of loading and computing, what `bench end-to-end` calls a row's share
 UNITS = {"images_per_s": "images/s", "clips_per_s": "clips/s", "ms": "ms"}
 
 
@@ -30,7 +31,7 @@ SHOWN = (
     Shown(
         "step",
         "live|recalled",
-        "training step, sources {name}: {target} at {size} px from {models}",
+        "training step, sources {name}: {target} with {heads} at {size} px from {models}",
         (("paper-style", "the paper's way"), ("timm-style", "timm's way")),
     ),
     Shown(
@@ -42,8 +43,8 @@ SHOWN = (
     Shown(
         "end-to-end",
         "train, .*",
-        "from files to updated weights: {name}",
-        (("slower floor", "the slower floor"),),
+        "from files to updated weights, {set}, {at}, loader `{loader}`: {name}",
+        ((SLOWER, "the slower of its two floors"),),
     ),
     Shown(
         "loaders",
@@ -71,15 +72,15 @@ def tables(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _newest(results: Path, kind: str) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """By suite: the newest file made on a GPU, or on a CPU."""
-    out: dict[str, tuple[Path, dict[str, Any]]] = {}
+def _newest(results: Path, kind: str) -> dict[tuple, tuple[Path, dict[str, Any]]]:
+    """By suite and what it trains: the newest file made on a GPU, or on a CPU."""
+    out: dict[tuple, tuple[Path, dict[str, Any]]] = {}
     for path in sorted(results.glob("*.json")):
         content = json.loads(path.read_text())
         suite = content.get("suite")
         has = "gpu" if content.get("machine", {}).get("gpu") else "cpu"
         if has == kind and any(s.suite == suite and _rows(s, content) for s in SHOWN):
-            out[suite] = path, content
+            out[suite, *(content.get(k) for k in ("target", "module", "frames"))] = path, content
     return out
 
 
@@ -92,25 +93,19 @@ def _rows(shown: Shown, content: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _table(files: dict[str, tuple[Path, dict[str, Any]]], root: Path) -> str:
+def _table(files: dict[tuple, tuple[Path, dict[str, Any]]], root: Path) -> str:
     lines = ["| | | in the same run | times its floor |", "| --- | --- | --- | --- |"]
-    for shown in SHOWN:
-        if shown.suite not in files:
-            continue
-        _, content = files[shown.suite]
+    for shown, content in (
+        (s, content) for s in SHOWN for (suite, *_), (_, content) in files.items() if suite == s.suite
+    ):
         for row in _rows(shown, content):
             unit = next(u for u in UNITS if u in row)
-            said = {**content, **row, "models": _models(content.get("models", []))}
-            figure = (
-                f"{row[unit]:,.3f}"
-                if unit == "ms" and row[unit] < 1
-                else f"{row[unit]:,.1f}"
-                if row[unit] < 100
-                else f"{row[unit]:,.0f}"
-            )
+            heads = "transfer modules" if content.get("module") else "linear heads"
+            said = {**content, **row, "models": _models(content.get("models", [])), "heads": heads}
             ratios = [f"{ratio:.2f} x {called}" for name, called in shown.beside if (ratio := _ratio(row, name))]
             floor = f"{row['over_floor']:.2f}" if row.get("over_floor") else ""
-            lines.append(f"| {shown.what.format(**said)} | {figure} {UNITS[unit]} | {', '.join(ratios)} | {floor} |")
+            figure = f"{_figure(row[unit])} {UNITS[unit]}"
+            lines.append(f"| {shown.what.format(**said)} | {figure} | {', '.join(ratios)} | {floor} |")
     newest = max(files.values(), key=lambda its: its[0].name)[1]
     machines = sorted({_machine(content) for _, content in files.values()})
     kept = ", ".join(f"`{path.relative_to(root)}`" for path, _ in files.values())
@@ -120,8 +115,14 @@ def _table(files: dict[str, tuple[Path, dict[str, Any]]], root: Path) -> str:
 
 
 def _ratio(row: dict[str, Any], name: str) -> float | None:
+    if name == SLOWER:
+        return row.get("share")
     shape = row["name"].partition(", ")[2]
     return row.get("relative_to", {}).get(name.format(shape=shape))
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.3f}" if value < 1 else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _models(names: list[str]) -> str:
