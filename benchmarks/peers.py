@@ -112,10 +112,12 @@ class PlainFfcv(Peer):
     """FFCV's loader, decoder and transforms, as its ImageNet example has them."""
 
     def __init__(self, task: Task) -> None:
+        from fasttrain.loaders.ffcv_decoder import leave_numba_types_alone
         from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
         from ffcv.loader import Loader, OrderOption
         from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToDevice, ToTensor, ToTorchImage
 
+        leave_numba_types_alone()  # the other rows of this process are compiled, too
         file = task.packed.file
         move = [ToDevice(task.device, non_blocking=True)] if task.device.type == "cuda" else []
         image = [RandomResizedCropRGBImageDecoder((task.size, task.size), AREA, ASPECT), RandomHorizontalFlip()]

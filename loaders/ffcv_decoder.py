@@ -5,6 +5,8 @@ from dataclasses import replace
 import numba
 import numpy as np
 from ffcv.fields.decoders import SimpleRGBImageDecoder
+from ffcv.memory_managers.os_cache import OSCacheManager
+from ffcv.memory_managers.process_cache.manager import ProcessCacheManager
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 
@@ -20,6 +22,27 @@ def leave_torch_threads_alone() -> None:
         numba.set_num_threads(cls.num_threads)
 
     Compiler.set_num_threads = classmethod(set_num_threads)
+
+
+def leave_numba_types_alone() -> None:
+    """FFCV sets numba's types of vectors to read-only, which are one object for the whole process: tables of compiled functions
+    that hold one no longer find it, and may have no end. Here what is read-only has a type of its own."""
+    types = numba.types
+    bytes_N, numbers_N = types.Array(types.uint8, 1, "C", readonly=True), types.uint64[::1]
+    mapped = types.Tuple([bytes_N, numbers_N, numbers_N])  # the file; where samples begin in it; their sizes
+
+    def compile_reader(self):
+        def sample(begin, file):
+            return file[0][begin : begin + file[2][np.searchsorted(file[1], begin)]]
+
+        return Compiler.compile(sample, bytes_N(types.uint64, mapped))
+
+    OSCacheManager.state_type = property(lambda self: mapped)
+    OSCacheManager.compile_reader = compile_reader
+    in_memory = types.Tuple(
+        [types.uint8[:, ::1], numbers_N, numbers_N, types.uint32[::1]]
+    )  # pages first; can be written
+    ProcessCacheManager.state_type = property(lambda self: in_memory)
 
 
 def decoder(sample_bytes: int, still: int):

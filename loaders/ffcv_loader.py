@@ -223,9 +223,10 @@ class _Code:
         from ffcv.loader import Loader
         from ffcv.traversal_order.base import TraversalOrder
 
-        from .ffcv_decoder import decoder, leave_torch_threads_alone
+        from .ffcv_decoder import decoder, leave_numba_types_alone, leave_torch_threads_alone
 
         leave_torch_threads_alone()
+        leave_numba_types_alone()
 
         class Table(TraversalOrder):
             """Hands on the rows of a table; FFCV asks for an order when it starts, and for its type by calling it."""

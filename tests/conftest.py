@@ -52,6 +52,10 @@ def need():
         works, note = available(part)
         if not works:
             (pytest.fail if part in REQUIRED else pytest.skip)(f"{part} is not here: {note}")
+        if part == "ffcv":  # whatever of it a test uses
+            from fasttrain.loaders.ffcv_decoder import leave_numba_types_alone
+
+            leave_numba_types_alone()
 
     return check
 

@@ -1,5 +1,6 @@
 """What only the ffcv loader has: FFCV's thread and ring of memory, its process-wide settings, files that it wrote."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -7,10 +8,20 @@ import time
 from dataclasses import replace
 from queue import Queue
 
+import numba
 import numpy as np
 import pytest
 import torch
-from fasttrain.loaders import Growth, LoaderSpec, ViewPlan, ffcv_loader, open_dataset, open_loader
+from fasttrain.loaders import (
+    Growth,
+    LoaderSpec,
+    ViewPlan,
+    baseline,
+    ffcv_loader,
+    huffman,
+    open_dataset,
+    open_loader,
+)
 from fasttrain.loaders.ffcv_loader import _deal, _next
 from fasttrain.loaders.pack import pack
 
@@ -150,6 +161,18 @@ def test_nothing_in_the_process_changes(spec):
     assert torch.get_num_threads() == 2
     assert torch.equal(torch.get_rng_state(), state[0]) and np.random.get_state()[1].tolist() == state[1]
     assert not epoch_threads()
+
+
+def test_numbas_types_stay_what_they_are(spec):
+    """FFCV sets numba's type of uint8 vectors to read-only, one object for the whole process, and then tables of compiled
+    functions do not find what they hold; walking through one may never end."""
+    list(open_loader("ffcv", spec, workers=1))
+    assert numba.types.uint8[::1].mutable
+    tables = [f.overloads for f in (huffman.two, huffman.walk, huffman.read_head, baseline.decode_part) if f.overloads]
+    assert tables
+    for table in tables:
+        keys = list(itertools.islice(table, len(table) + 1))
+        assert len(keys) == len(table) and all(key in table for key in keys)
 
 
 def test_importing_it_changes_nothing_either():
