@@ -64,7 +64,7 @@ docs: $(VENV)/.test-ready
 # PY=python3 make gpu: with a Python that has PyTorch for the GPU, and what the tests import, already; nothing is installed
 gpu:
 	@sh scripts/tree.sh
-	@rm -rf build/run && mkdir -p build/run $(OUT) && cp -r tests pyproject.toml build/run
+	@rm -rf build/run && mkdir -p build/run $(OUT) && cp -r tests scripts docs benchmarks *.md pyproject.toml Makefile setup.py build/run
 	$(PY) scripts/gpu.py $(PLAN) --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(VIDEO),--video $(VIDEO)) $(GPU_ARGS)
 
 clean:

@@ -10,7 +10,7 @@ _ENV = "env FASTTRAIN_BENCH_TURN={turn}"  # seconds of a row's turn in the suite
 _SMALL_TWO = "--models test_resnet,test_resnet --source-size 32"
 _SMALL_STEP = f"--size 24 {_SMALL_TWO} --batch 16 --images 32 --compile false"
 _SMALL_VIDEO = (
-    "video --sets ucf --videos 4 --frames 4 --size 24 --batch 4 --clips 8 --short-side 40 --repeats 2 --rows packed"
+    "video --sets ucf --videos 12 --frames 4 --size 24 --batch 4 --clips 8 --short-side 40 --repeats 2 --rows packed"
 )
 _R18 = "--target resnet18 --size 224 --batch 512"
 _PLANT = "--error-exitcode 9 {python} -m tests.gpu.sanitize --plant"
