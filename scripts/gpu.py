@@ -1,4 +1,4 @@
-"""Plans for a GPU that is lent for minutes: tests and benchmarks in turn, each within a limit, results as JSON.
+"""Plans for a GPU that is there for minutes: tests and benchmarks in turn, each within a limit, results as JSON.
 
     make gpu [PLAN=check] [DATA=FOLDER|FILE.beton] [VIDEO=FILE.beton] [OUT=build/gpu] [GPU_ARGS=..]
     python scripts/gpu.py PLAN [--data FOLDER|FILE.beton] [--video FILE.beton] [--out FOLDER] [--seconds 540]
