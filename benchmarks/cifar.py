@@ -47,7 +47,7 @@ from fasttrain.device import choose_device, choose_dtype, set_up
 from fasttrain.recipe import Recipe, Run
 
 from .step_options import names
-from .step_rows import Ours, Row, in_turns, work
+from .step_rows import Ours, Row, measured, work
 
 PLAIN = "plain eager loop"
 OURS: dict[str, bool | str] = {"ours, off": False, "ours, true": True, "ours, graphs": "graphs", "ours, step": "step"}
@@ -71,22 +71,11 @@ def run(arguments: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         asked = vars(given) | {"folder": folder}
         write_images(Path(folder), given.images)
-        workers: dict[str, Row] = {}
-        try:
-            for name in given.rows:
-                if name in _ON_CUDA and device.type != "cuda":
-                    content["not_run"][name] = "a CUDA graph needs a CUDA device"
-                    continue
-                workers[name] = Row(name, asked, module="fasttrain.benchmarks.cifar")
-                why = workers[name].started()
-                if why:
-                    content["not_run"][name] = why
-                    workers.pop(name).end()
-            speeds = in_turns(workers, given.repeats, content["not_run"])
-            shares = {name: worker.shares for name, worker in workers.items()}
-        finally:
-            for worker in workers.values():
-                worker.end()
+        unfit = _ON_CUDA if device.type != "cuda" else ()
+        content["not_run"] = {name: "a CUDA graph needs a CUDA device" for name in given.rows if name in unfit}
+        rows = [name for name in given.rows if name not in unfit]
+        module = "fasttrain.benchmarks.cifar"
+        speeds, shares = measured(rows, lambda name: Row(name, asked, module=module), given.repeats, content["not_run"])
     plain = median(speeds[PLAIN]) if PLAIN in speeds else 0.0
     for name, found in speeds.items():
         row: dict[str, Any] = {"name": name, "images_per_s": median(found), "repeats": found, "shares": shares[name]}

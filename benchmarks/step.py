@@ -42,7 +42,7 @@ from fasttrain.device import choose_device, choose_dtype
 
 from . import floors, step_options
 from .step_options import names, recipe
-from .step_rows import Row, in_turns
+from .step_rows import Row, measured
 from .timing import copy_bandwidth, product_rate
 
 ROWS = (
@@ -78,25 +78,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
         flops["scratch"] = describe(recipe(asked, method__name="scratch"))["flops_per_image"]["target_training"]
         content["flops_per_image"] = flops
         operations = floors.rows(made, len(packed.classes), dtype)
-        workers: dict[str, Row] = {}
-        try:
-            for name in given.rows:
-                if given.frames and name.startswith(("paper", "timm")):
-                    content["not_run"][name] = "it is of images"
-                    continue
-                if name == "paper-style, memory kept" and device.type == "cuda":
-                    content["not_run"][name] = "it is about memory on a CPU"
-                    continue
-                workers[name] = Row(name, asked)
-                why = workers[name].started()
-                if why:
-                    content["not_run"][name] = why
-                    workers.pop(name).end()
-            speeds = in_turns(workers, given.repeats, content["not_run"])
-            shares = {name: worker.shares for name, worker in workers.items()}
-        finally:
-            for worker in workers.values():
-                worker.end()
+        content["not_run"] = {name: why for name in given.rows if (why := _unfit(name, given.frames, device.type))}
+        rows = [name for name in given.rows if name not in content["not_run"]]
+        speeds, shares = measured(rows, lambda name: Row(name, asked), given.repeats, content["not_run"])
     content["dtype"] = str(dtype).removeprefix("torch.")
     content["peak_gflops"] = product_rate(device, dtype) / 1e9
     content["copy_bytes_per_s"] = copy_bandwidth(device, 512 if device.type == "cuda" else 64)
@@ -120,6 +104,13 @@ def _milliseconds(floor: floors.Floor) -> dict[str, float]:
     """Of one step."""
     kinds = ("by_flops", "by_bytes", "by_operation")
     return {f"{kind}_ms": 1e3 * getattr(floor, f"{kind}_s") for kind in kinds}
+
+
+def _unfit(name: str, frames: int, device: str) -> str:
+    """Why a row makes no sense here, or nothing."""
+    if frames and name.startswith(("paper", "timm")):
+        return "it is of images"
+    return "it is about memory on a CPU" if name == "paper-style, memory kept" and device == "cuda" else ""
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:

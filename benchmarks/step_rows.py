@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,35 @@ def in_turns(
                 lost[name] = str(error)
                 del speeds[name]
     return speeds
+
+
+def measured(
+    names: Iterable[str], make: Callable[[str], Row], repeats: int, not_run: dict[str, str]
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    """Starts rows, one after the other, and lets them take turns; nothing of them is left afterwards.
+
+    Args:
+        names: of the rows.
+        make: a row's process.
+        repeats: turns of each.
+        not_run: takes why a row has no figures.
+
+    Returns:
+        Images a second in each turn, and the shares of the last one in percent, by row.
+    """
+    workers: dict[str, Row] = {}
+    try:
+        for name in names:
+            workers[name] = make(name)
+            why = workers[name].started()
+            if why:
+                not_run[name] = why
+                workers.pop(name).end()
+        speeds = in_turns(workers, repeats, not_run)
+        return speeds, {name: worker.shares for name, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.end()
 
 
 # --- in a row's process
