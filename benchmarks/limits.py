@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
+
+from fasttrain.gpu_use import opened_nvml
 
 FULL = 0.9  # the share of its time from which on something counts as fully used
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -91,12 +92,8 @@ def limit(figures: dict[str, float], cores: int) -> str:
 def nvml_gauges(device: torch.device) -> dict[str, Callable[[], float]]:
     """Questions to NVML by name; none where its package is not here, or it cannot be asked."""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle: Any = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-    except Exception:  # ImportError, or NVML's own
+        pynvml, handle = opened_nvml(device)
+    except ValueError:
         return {}
     gauges: dict[str, Callable[[], float]] = {
         "gpu": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,

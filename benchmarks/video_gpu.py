@@ -35,7 +35,7 @@ from fasttrain.loaders.video import Clips, PackedClips
 from fasttrain.loaders.views import View
 from torch import Tensor
 
-from fasttrain.gpu_use import Gauge
+from fasttrain.gpu_use import Gauge, opened_nvml
 
 LARGEST_MEAN = 3.0  # of 255: what colours and filters may differ on average over a frame
 _AHEAD = 3  # batches in the making, at least
@@ -373,11 +373,7 @@ def decoder_gauge(device: torch.device) -> Gauge:
     if device.type != "cuda":
         return dict
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        pynvml, handle = opened_nvml(device)
         asked = {
             "gpu_percent": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
             "nvdec_percent": lambda: pynvml.nvmlDeviceGetDecoderUtilization(handle)[0],  # and its sampling period

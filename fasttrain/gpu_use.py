@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -109,11 +110,11 @@ class _Sum:
         return self.total / self.count
 
 
-def nvml_gauge(device: torch.device) -> Gauge:
-    """Asks NVML for a GPU's figures; those that it does not tell here (some of a part of a GPU) are left out.
+def opened_nvml(device: torch.device) -> tuple[Any, Any]:
+    """The module ``pynvml``, and NVML's handle of a GPU.
 
     Raises:
-        ValueError: why there are none. The gauge raises it, too, where NVML fails later.
+        ValueError: why it cannot be asked.
     """
     try:
         import pynvml
@@ -126,6 +127,16 @@ def nvml_gauge(device: torch.device) -> Gauge:
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
     except pynvml.NVMLError as error:
         raise ValueError(f"NVML says: {error}") from None
+    return pynvml, handle
+
+
+def nvml_gauge(device: torch.device) -> Gauge:
+    """Asks NVML for a GPU's figures; those that it does not tell here (some of a part of a GPU) are left out.
+
+    Raises:
+        ValueError: why there are none. The gauge raises it, too, where NVML fails later.
+    """
+    pynvml, handle = opened_nvml(device)
     asked: dict[str, Gauge] = {
         "utilisation": lambda: {"gpu_percent": float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)},
         "memory": lambda: {"gpu_gib": pynvml.nvmlDeviceGetMemoryInfo(handle).used / _GIB},
